@@ -1,0 +1,47 @@
+"""The feature memory: a ring buffer of keys that lives in the train state (MocoSFL, section 3.1)."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mocosfl_jax.core.infonce import normalize
+
+
+@flax.struct.dataclass
+class Queue:
+    """Keys of earlier steps, the oldest overwritten first.
+
+    keys: (K, D) float32, unit rows. ptr: () int32 in [0, K), the row written next.
+    Private queues carry a leading client axis on both.
+    """
+
+    keys: jax.Array
+    ptr: jax.Array
+
+
+def init_queue(key: jax.Array, length: int, width: int) -> Queue:
+    """Random unit rows (length, width), pointer 0."""
+    return Queue(normalize(jax.random.normal(key, (length, width))), jnp.zeros((), jnp.int32))
+
+
+def init_private_queues(key: jax.Array, num_clients: int, length: int, width: int) -> Queue:
+    """A queue of length // num_clients rows for each client; leading axis N."""
+    rows = length // num_clients
+    keys = jax.random.split(key, num_clients)
+    return jax.vmap(lambda k: init_queue(k, rows, width))(keys)
+
+
+def enqueue(queue: Queue, keys_MD: jax.Array, mask_M: jax.Array) -> Queue:
+    """Writes the rows that the mask keeps at the pointer, in order, wrapping at the end.
+
+    Args:
+      queue: one queue, (K, D).
+      keys_MD: unit rows; at most K of them may be kept, or rows overwrite each other.
+      mask_M: bool; rows that are padding are neither written nor counted.
+    """
+    length = queue.keys.shape[0]
+    count_M = jnp.cumsum(mask_M.astype(jnp.int32))
+    slot_M = (queue.ptr + count_M - 1) % length
+    slot_M = jnp.where(mask_M, slot_M, length)  # out of range: dropped
+    keys = queue.keys.at[slot_M].set(keys_MD, mode="drop")
+    return Queue(keys, (queue.ptr + count_M[-1]) % length)

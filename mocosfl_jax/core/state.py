@@ -1,0 +1,168 @@
+"""Everything that training changes, as one frozen pytree.
+
+Leading axes: N registered clients (index = client id), C cohort slots (index = position in the
+cohort). A cohort slot with id N is padding: it is gathered from nowhere and scattered to nowhere.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mocosfl_jax.core.queue import Queue
+from mocosfl_jax.models.split import Params
+
+
+@flax.struct.dataclass
+class ClientState:
+    """One client in training; the cohort's has a leading C on every leaf.
+
+    params: online model. momentum: momentum model (the key encoder). buffers: SGD buffers.
+    queue: its private queue, or None where the queue is shared.
+    Changed by the step.
+    """
+
+    params: Params
+    momentum: Params
+    buffers: optax.OptState
+    queue: Queue | None
+
+
+@flax.struct.dataclass
+class Population:
+    """What is kept between rounds.
+
+    params: the online model of every client (one copy: a round ends with a sync).
+    momentum: one copy where momentum models are aligned, else a leading N.
+    buffers: SGD buffers, leading N.
+    queue: private queues, leading N, or None.
+    Changed by `end_round`.
+    """
+
+    params: Params
+    momentum: Params
+    buffers: optax.OptState
+    queue: Queue | None
+
+
+@flax.struct.dataclass
+class ServerState:
+    """The server's half; no client axis. Changed by the step.
+
+    params, momentum: online model and momentum model, head included. buffers: SGD buffers.
+    stats, momentum_stats: running statistics of a BatchNorm head, else empty.
+    """
+
+    params: Params
+    momentum: Params
+    buffers: optax.OptState
+    stats: Params
+    momentum_stats: Params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All of it.
+
+    step: () int32, steps taken. cohort_ids: (C,) int32, client id of each slot. cohort: (C, ...).
+    queue: the shared queue, or None where clients have private ones.
+    """
+
+    step: jax.Array
+    server: ServerState
+    population: Population
+    cohort_ids: jax.Array
+    cohort: ClientState
+    queue: Queue | None
+
+
+def repeat(tree: Any, times: int) -> Any:
+    """Adds a leading axis on which every entry is the same."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), tree)
+
+
+def create_state(
+    client: Params,
+    server: Params,
+    stats: Params,
+    queue: Queue,
+    *,
+    optimizer: optax.GradientTransformation,
+    num_clients: int,
+    cohort_size: int,
+    feature_sharing: bool,
+    align_momentum: bool,
+) -> TrainState:
+    """State before the first step: all clients alike, momentum models equal to online ones.
+
+    Args:
+      client, server, stats: as `SplitModel.init` gives them.
+      queue: the shared queue, or with `feature_sharing=False` private ones with a leading N.
+      optimizer: see `sgd`.
+      align_momentum: momentum client models are averaged at a sync as well.
+    """
+    population = Population(
+        params=client,
+        momentum=client if align_momentum else repeat(client, num_clients),
+        buffers=repeat(optimizer.init(client), num_clients),
+        queue=None if feature_sharing else queue,
+    )
+    ids = jnp.arange(cohort_size, dtype=jnp.int32)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        server=ServerState(server, server, optimizer.init(server), stats, stats),
+        population=population,
+        cohort_ids=ids,
+        cohort=_gather(population, ids, align_momentum),
+        queue=queue if feature_sharing else None,
+    )
+
+
+def _gather(population: Population, ids_C: jax.Array, align_momentum: bool) -> ClientState:
+    """The cohort's state at a round's start; padding slots get some client's, never written back."""
+
+    def take(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.take(x, ids_C, axis=0, mode="clip"), tree)
+
+    size = ids_C.shape[0]
+    return ClientState(
+        params=repeat(population.params, size),
+        momentum=repeat(population.momentum, size) if align_momentum else take(population.momentum),
+        buffers=take(population.buffers),
+        queue=take(population.queue),
+    )
+
+
+def begin_round(state: TrainState, ids_C: jax.Array, align_momentum: bool) -> TrainState:
+    """Draws the cohort's state from the population.
+
+    Args: ids_C: (C,) int32, distinct client ids; N marks a padding slot (never the first).
+    """
+    return state.replace(
+        cohort_ids=ids_C, cohort=_gather(state.population, ids_C, align_momentum)
+    )
+
+
+def end_round(state: TrainState, align_momentum: bool) -> TrainState:
+    """Writes the cohort back to the population; the round's last step must have synced."""
+    population, cohort, ids_C = state.population, state.cohort, state.cohort_ids
+
+    def put(rows: Any, new: Any) -> Any:
+        return jax.tree.map(lambda x, y: x.at[ids_C].set(y, mode="drop"), rows, new)
+
+    def first(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x[0], tree)
+
+    momentum = (
+        first(cohort.momentum) if align_momentum else put(population.momentum, cohort.momentum)
+    )
+    return state.replace(
+        population=Population(
+            params=first(cohort.params),
+            momentum=momentum,
+            buffers=put(population.buffers, cohort.buffers),
+            queue=put(population.queue, cohort.queue),
+        )
+    )

@@ -1,0 +1,157 @@
+"""A network cut in two: what a client runs, and what the server runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mocosfl_jax.models.bottleneck import BottleneckDecoder, BottleneckEncoder, BottleneckShape
+from mocosfl_jax.models.heads import HEADS, Head
+from mocosfl_jax.models.resnet import ARCHITECTURES, STEMS, Unit, resnet_units
+
+Params = Any
+"""Pytree of float32 arrays."""
+
+
+class ClientNet(nn.Module):
+    """Units before the cut, and the client half of the bottleneck."""
+
+    units: tuple[Unit, ...]
+    bottleneck: BottleneckShape | None
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
+        """Latents (B, h, w, c) of normalised images (B, H, W, 3)."""
+        x = images_BHWC
+        for index, unit in enumerate(self.units):
+            x = unit(name=f"unit{index}")(x)
+        if self.bottleneck is not None:
+            x = BottleneckEncoder(self.bottleneck, self.dtype, name="bottleneck")(x)
+        return x
+
+
+class ServerNet(nn.Module):
+    """Server half of the bottleneck, units from the cut on, global average pooling.
+
+    Attributes: units: those after the cut; cut: index of the first of them; bottleneck: its shape;
+    latent_channels: channels at the cut before the bottleneck.
+    """
+
+    units: tuple[Unit, ...]
+    cut: int
+    bottleneck: BottleneckShape | None
+    latent_channels: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, latents_RHWC: jax.Array) -> jax.Array:
+        """Pooled features (R, F), float32."""
+        x = latents_RHWC
+        if self.bottleneck is not None:
+            decoder = BottleneckDecoder(
+                self.bottleneck, self.latent_channels, self.dtype, name="bottleneck"
+            )
+            x = decoder(x)
+        for index, unit in enumerate(self.units):
+            x = unit(name=f"unit{self.cut + index}")(x)
+        return x.astype(jnp.float32).mean(axis=(1, 2))
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """Pure functions of the cut network; hashable, so it may be a static argument of jit.
+
+    Server parameters are one tree: the server's units by name, and `head`. `stats` are the running
+    statistics of a BatchNorm head, an empty dict for the other heads.
+    """
+
+    client: ClientNet
+    server: ServerNet
+    head: Head
+    image_size: int
+
+    def init(self, key: jax.Array) -> tuple[Params, Params, Params]:
+        """Client parameters, server parameters and head statistics."""
+        client_key, server_key, head_key = jax.random.split(key, 3)
+        images = jnp.zeros((1, self.image_size, self.image_size, 3))
+        client = self.client.init(client_key, images)["params"]
+        latents = self.client.apply({"params": client}, images)
+        server = dict(self.server.init(server_key, latents).get("params", {}))
+        features = self.server.apply({"params": server}, latents)
+        head = self.head.init(head_key, features, jnp.ones((1,), bool), False)
+        return client, {**server, "head": head["params"]}, head.get("batch_stats", {})
+
+    def latents(self, client_params: Params, images_BHWC: jax.Array) -> jax.Array:
+        """What one client sends: (B, h, w, c) of normalised float32 images (B, H, W, 3)."""
+        return self.client.apply({"params": client_params}, images_BHWC)
+
+    def features(self, server_params: Params, latents_RHWC: jax.Array) -> jax.Array:
+        """Pooled backbone features (R, F), float32: what a linear probe sees."""
+        return self.server.apply({"params": server_params}, latents_RHWC)
+
+    def embed(
+        self,
+        server_params: Params,
+        stats: Params,
+        features_RF: jax.Array,
+        mask_R: jax.Array,
+        train: bool,
+    ) -> tuple[jax.Array, Params]:
+        """Unnormalised embeddings (R, D) and the new head statistics."""
+        variables = {"params": server_params["head"], "batch_stats": stats}
+        if not (train and self.head.batch_norm):
+            return self.head.apply(variables, features_RF, mask_R, train), stats
+        embedding, updated = self.head.apply(
+            variables, features_RF, mask_R, train, mutable=["batch_stats"]
+        )
+        return embedding, updated["batch_stats"]
+
+
+def build_model(
+    *,
+    backbone: str,
+    blocks_per_stage: tuple[int, ...],
+    width: int,
+    stem: str,
+    cut: int,
+    bottleneck: BottleneckShape | None,
+    head: str,
+    head_width: int,
+    image_size: int,
+    compute_dtype: str = "float32",
+    axis_name: str | None = None,
+) -> SplitModel:
+    """The split network of a resolved config (see `mocosfl_jax.config` for the fields).
+
+    Args:
+      bottleneck: parsed shape, or None.
+      image_size: side of the square input.
+      axis_name: mesh axis over which server rows are spread, or None.
+    """
+    dtype = jnp.dtype(compute_dtype)
+    architecture = ARCHITECTURES[backbone]
+    units = resnet_units(
+        blocks_per_stage=blocks_per_stage,
+        bottleneck=architecture.bottleneck,
+        width=width,
+        stem=STEMS[stem],
+        dtype=dtype,
+    )
+    shape = HEADS[head]
+    hidden = head_width * shape.hidden * (architecture.expansion if shape.expands else 1)
+    return SplitModel(
+        client=ClientNet(units[:cut], bottleneck, dtype),
+        server=ServerNet(units[cut:], cut, bottleneck, _channels(units, cut), dtype),
+        head=Head(head_width, hidden, shape.batch_norm, dtype, axis_name),
+        image_size=image_size,
+    )
+
+
+def _channels(units: tuple[Unit, ...], cut: int) -> int:
+    """Channels of the map after `cut` units."""
+    last = units[cut - 1]()
+    return last.features * getattr(last, "expansion", 1)

@@ -1,0 +1,306 @@
+"""Replays golden files through the public step of the package.
+
+    python -m tests.golden_replay FILE...
+
+Each file names its settings in `config` and holds what the paper's PyTorch code computed with them.
+Prints one line a file: name, worst error over its bound, pass or fail; exits with 1 if one fails.
+Kinds without a replay are named and skipped.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mocosfl_jax.core.queue import Queue
+from mocosfl_jax.core.sgd import sgd
+from mocosfl_jax.core.state import TrainState, begin_round, create_state, end_round
+from mocosfl_jax.core.step import Batch, Method, Rates, train_step
+from mocosfl_jax.evaluation.knn import knn_scores
+from mocosfl_jax.models.bottleneck import parse_bottleneck
+from mocosfl_jax.models.split import Params, SplitModel, build_model
+from tests.named_arrays import normal, parameter
+
+Golden = dict[str, np.ndarray]
+Errors = dict[str, float]
+"""Error over bound, by array; at most 1 passes."""
+
+IMAGE_SIZE = 32
+
+
+# ------------------------------------------------------------------------------ named parameters
+
+
+def golden_model(config: dict[str, Any]) -> SplitModel:
+    return build_model(
+        backbone="resnet18",
+        blocks_per_stage=(2, 2, 2, 2),
+        width=64,
+        stem="3x3s1",
+        cut=config["cut"],
+        bottleneck=parse_bottleneck(config["bottleneck"]),
+        head="V2",
+        head_width=config["head_width"],
+        image_size=IMAGE_SIZE,
+    )
+
+
+def named_variables(model: SplitModel) -> tuple[Params, Params, Params]:
+    """The model's variables, every parameter drawn from its golden name."""
+    client, server, stats = jax.eval_shape(model.init, jax.random.key(0))
+
+    def named(side: str, tree: Params) -> Params:
+        def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
+            name = "/".join(key.key for key in path)
+            return jnp.asarray(parameter(name.replace("bottleneck/", f"bottleneck/{side}/"), x.shape))
+
+        return jax.tree_util.tree_map_with_path(leaf, tree)
+
+    return named("client", client), named("server", server), stats
+
+
+def count(tree: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+# ------------------------------------------------------------------------------------ the errors
+
+
+def relative(got: Any, want: np.ndarray, bound: float) -> float:
+    """Largest absolute difference over the largest golden magnitude, over the bound."""
+    got = np.asarray(got)
+    if got.shape != want.shape:
+        return float("inf")
+    return float(np.abs(got - want).max() / np.abs(want).max() / bound)
+
+
+def absolute(got: Any, want: np.ndarray, bound: float) -> float:
+    got = np.asarray(got)
+    return float(np.abs(got - want).max() / bound) if got.shape == want.shape else float("inf")
+
+
+def of_change(got: Any, want: np.ndarray, start: np.ndarray, bound: float) -> float:
+    """Largest difference over the largest golden change from the start; no change means none."""
+    got = np.asarray(got)
+    change = np.abs(want - start).max()
+    difference = np.abs(got - want).max()
+    if change == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return float(difference / change / bound)
+
+
+def exact(got: Any, want: Any) -> float:
+    return 0.0 if np.array_equal(np.asarray(got), np.asarray(want)) else float("inf")
+
+
+# --------------------------------------------------------------------------------------- replays
+
+
+def replay_forward(config: dict[str, Any], golden: Golden) -> Errors:
+    model = golden_model(config)
+    client, server, stats = named_variables(model)
+    images = normal("forward/images", (config["images"], IMAGE_SIZE, IMAGE_SIZE, 3))
+    latents = model.latents(client, jnp.asarray(images))
+    rows = jnp.ones(len(images), bool)
+    output, _ = model.embed(server, stats, model.features(server, latents), rows, train=False)
+    norm = np.linalg.norm(np.asarray(latents, np.float64))
+    return {
+        "latent_shape": exact(latents.shape, golden["latent_shape"]),
+        "latent_slice": relative(latents[:, :2, :2, :], golden["latent_slice"], 1e-4),
+        "latent_stats": relative(norm, golden["latent_stats"][1], 1e-4),
+        "output": relative(output, golden["output"], 1e-4),
+        "client_params": exact(count(client), golden["client_params"]),
+        "server_params": exact(count(server), golden["server_params"]),
+    }
+
+
+def replay_knn(config: dict[str, Any], golden: Golden) -> Errors:
+    classes, k = config["classes"], config["k"]
+    centers = normal("knn/centers", (classes, 32), 0.5)
+
+    def points(name: str, number: int) -> np.ndarray:
+        x = normal(name, (number, 32)) + centers[np.arange(number) % classes]
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    number = len(golden["prediction"])
+    bank, features = points("knn/bank", 1000), points("knn/features", number)
+    labels = np.arange(1000) % classes
+    scores = np.asarray(
+        knn_scores(
+            jnp.asarray(features),
+            jnp.asarray(bank),
+            jnp.asarray(labels),
+            num_classes=classes,
+            k=k,
+            temperature=config["temperature"],
+        )
+    )
+    prediction = scores.argmax(axis=1)
+    top1 = 100 * np.mean(prediction == np.arange(number) % classes)
+    return {
+        "scores": relative(scores, golden["scores"], 1e-4),
+        "prediction": exact(prediction, golden["prediction"]),
+        "top1": absolute(top1, golden["top1"], 1e-3),
+    }
+
+
+def named_state(config: dict[str, Any], method: Method, cohort_size: int) -> TrainState:
+    clients, length, width = config["num_clients"], config["queue_length"], config["head_width"]
+
+    def rows(name: str, number: int) -> np.ndarray:
+        x = normal(name, (number, width))
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    if config["feature_sharing"]:
+        queue = Queue(jnp.asarray(rows("queue", length)), jnp.zeros((), jnp.int32))
+    else:
+        keys = np.stack([rows(f"queue/client{i}", length // clients) for i in range(clients)])
+        queue = Queue(jnp.asarray(keys), jnp.zeros(clients, jnp.int32))
+    return create_state(
+        *named_variables(method.model),
+        queue,
+        optimizer=method.optimizer,
+        num_clients=clients,
+        cohort_size=cohort_size,
+        feature_sharing=config["feature_sharing"],
+        align_momentum=config["align_momentum"],
+    )
+
+
+def step_batch(config: dict[str, Any], step: int, cohort: list[int]) -> Batch:
+    shape = (config["num_clients"], config["batch_size"], IMAGE_SIZE, IMAGE_SIZE, 3)
+    query, key = (normal(f"step{step}/{view}", shape)[cohort] for view in ("query", "key"))
+    return Batch(
+        query=jnp.asarray(query),
+        key=jnp.asarray(key),
+        mask=jnp.ones((len(cohort), config["batch_size"]), bool),
+        sync_weight=jnp.ones(len(cohort)),
+    )
+
+
+def clients_by_id(state: TrainState, num_clients: int, synced: bool) -> tuple[list, list]:
+    """Online and momentum model of every client id, in the middle of a round.
+
+    A client outside the cohort has the online model of the last sync, and its own momentum model
+    where these are not aligned.
+    """
+    slots = {int(i): slot for slot, i in enumerate(state.cohort_ids)}
+    take = lambda tree, index: jax.tree.map(lambda x: np.asarray(x[index]), tree)  # noqa: E731
+    aligned = count(state.population.momentum) == count(state.population.params)
+    online, momentum = [], []
+    for i in range(num_clients):
+        if i in slots:
+            online.append(take(state.cohort.params, slots[i]))
+            momentum.append(take(state.cohort.momentum, slots[i]))
+            continue
+        online.append(take(state.cohort.params, 0) if synced else state.population.params)
+        if not aligned:
+            momentum.append(take(state.population.momentum, i))
+        else:
+            momentum.append(take(state.cohort.momentum, 0) if synced else state.population.momentum)
+    return online, momentum
+
+
+def queue_by_id(state: TrainState) -> Queue:
+    """The shared queue, or all private ones (N, K / N, D), in the middle of a round."""
+    if state.queue is not None:
+        return state.queue
+    return jax.tree.map(
+        lambda rows, new: rows.at[state.cohort_ids].set(new), state.population.queue, state.cohort.queue
+    )
+
+
+def replay_trajectory(config: dict[str, Any], golden: Golden) -> Errors:
+    steps, clients = config["steps"], config["num_clients"]
+    cohorts = config["cohorts"] or [list(range(clients))] * steps
+    method = Method(
+        model=golden_model(config),
+        optimizer=sgd(config["momentum"], config["weight_decay"]),
+        loss=config["loss"],
+        temperature=config["temperature"],
+        ema=config["ema"],
+        align_momentum=config["align_momentum"],
+    )
+    rate = jnp.float32(config["learning_rate"])
+    advance = jax.jit(train_step, static_argnums=0)
+    state = named_state(config, method, len(cohorts[0]))
+    start = state
+    errors: Errors = {}
+
+    def worst(name: str, error: float) -> None:
+        errors[name] = max(errors.get(name, 0.0), error)
+
+    synced = True
+    for step, cohort in enumerate(cohorts):
+        if step == 0 or cohort != cohorts[step - 1]:
+            if not synced:
+                raise ValueError(f"the cohort changes at step {step} without a sync before it")
+            if step > 0:
+                state = end_round(state, method.align_momentum)
+            state = begin_round(state, jnp.asarray(cohort, jnp.int32), method.align_momentum)
+            synced = False
+        sync_now = (step + 1) % config["sync_every"] == 0
+        batch = step_batch(config, step, cohort)
+        state, output = advance(method, state, batch, Rates(rate, rate), sync_now)
+        synced = synced or sync_now
+        queue = queue_by_id(state)
+        loss, want = float(output.loss), float(golden["loss"][step])
+        worst("loss", abs(loss - want) / max(1.0, abs(want)) / 5e-3)
+        grad_norm = np.linalg.norm(np.asarray(output.latent_grad, np.float64))
+        want_norm = golden["latent_grad_stats"][step, 1]
+        worst("latent_grad_stats", abs(grad_norm - want_norm) / want_norm / 6e-2)
+        worst("queue", absolute(queue.keys, golden["queue"][step], 5e-3))
+        worst("queue_ptr", exact(queue.ptr, golden["queue_ptr"][step]))
+
+    online, momentum = clients_by_id(state, clients, synced)
+    stem = np.asarray(start.population.params["unit0"]["conv"]["kernel"])
+    for i in range(clients):
+        for name, models in (
+            ("client_stem_kernel", online),
+            ("client_momentum_stem_kernel", momentum),
+        ):
+            kernel = models[i]["unit0"]["conv"]["kernel"]
+            worst(name, of_change(kernel, golden[name][i], stem, 0.15))
+    bias = [np.asarray(s.server.params["head"]["dense2"]["bias"]) for s in (state, start)]
+    worst("head_dense2_bias", of_change(bias[0], golden["head_dense2_bias"], bias[1], 5e-3))
+    return errors
+
+
+REPLAYS: dict[str, Callable[[dict[str, Any], Golden], Errors]] = {
+    "forward": replay_forward,
+    "trajectory": replay_trajectory,
+    "knn": replay_knn,
+}
+
+
+def replay(path: str | Path) -> Errors | None:
+    """Error over bound of each checked array; None for a kind without a replay."""
+    with np.load(path, allow_pickle=False) as file:
+        golden = {name: file[name] for name in file.files}
+    config = json.loads(str(golden["config"]))
+    run = REPLAYS.get(config["kind"])
+    return None if run is None else run(config, golden)
+
+
+def main(paths: list[str]) -> int:
+    failed = False
+    for path in paths:
+        errors = replay(path)
+        name = Path(path).name
+        if errors is None:
+            print(f"{name}: skipped, this kind has no replay")
+            continue
+        array = max(errors, key=lambda k: errors[k])
+        passed = errors[array] <= 1
+        failed |= not passed
+        print(f"{name}: {errors[array]:.3f} of the bound ({array}) {'pass' if passed else 'FAIL'}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
