@@ -1,7 +1,7 @@
 """A network cut in two: what a client runs, and what the server runs."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,22 @@ from mocosfl_jax.models.resnet import ARCHITECTURES, STEMS, Unit, resnet_units
 
 Params = Any
 """Pytree of float32 arrays."""
+
+
+class Variables(NamedTuple):
+    """All that a trained network consists of; see `SplitModel`."""
+
+    client: Params
+    server: Params
+    stats: Params
+
+
+class Encoded(NamedTuple):
+    """features: (B, F) float32, pooled backbone features. embedding: (B, D) float32, head output
+    before normalisation."""
+
+    features: jax.Array
+    embedding: jax.Array
 
 
 class ClientNet(nn.Module):
@@ -74,8 +90,8 @@ class SplitModel:
     head: Head
     image_size: int
 
-    def init(self, key: jax.Array) -> tuple[Params, Params, Params]:
-        """Client parameters, server parameters and head statistics."""
+    def init(self, key: jax.Array) -> Variables:
+        """Random variables, initialised as docs/method.md says."""
         client_key, server_key, head_key = jax.random.split(key, 3)
         images = jnp.zeros((1, self.image_size, self.image_size, 3))
         client = self.client.init(client_key, images)["params"]
@@ -83,7 +99,7 @@ class SplitModel:
         server = dict(self.server.init(server_key, latents).get("params", {}))
         features = self.server.apply({"params": server}, latents)
         head = self.head.init(head_key, features, jnp.ones((1,), bool), False)
-        return client, {**server, "head": head["params"]}, head.get("batch_stats", {})
+        return Variables(client, {**server, "head": head["params"]}, head.get("batch_stats", {}))
 
     def latents(self, client_params: Params, images_BHWC: jax.Array) -> jax.Array:
         """What one client sends: (B, h, w, c) of normalised float32 images (B, H, W, 3)."""
@@ -109,6 +125,14 @@ class SplitModel:
             variables, features_RF, mask_R, train, mutable=["batch_stats"]
         )
         return embedding, updated["batch_stats"]
+
+    def encode(self, variables: Variables, images_BHWC: jax.Array) -> Encoded:
+        """The whole network in evaluation, of normalised float32 images (B, H, W, 3)."""
+        latents = self.latents(variables.client, images_BHWC)
+        features = self.features(variables.server, latents)
+        rows = jnp.ones(images_BHWC.shape[0], bool)
+        embedding, _ = self.embed(variables.server, variables.stats, features, rows, train=False)
+        return Encoded(features, embedding)
 
 
 def build_model(

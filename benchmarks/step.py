@@ -1,0 +1,216 @@
+"""Seconds a step of ResNet-18 in the paper's setting, and what they are made of.
+
+    python -m benchmarks.step [--repeats 3] [--cuts 1,2] [--json FILE]
+
+Paper's queue, head and loss; total batch 100. Every variant is compiled first; then the variants take
+turns, `repeats` times, and medians are reported, so that a change of the machine's pace meets all of
+them. Printed for each cut: seconds a step with 100 clients of one image and with one client of 100
+images, and their ratio (the overhead of the federation); the share of augmentation; a step alone
+against a step inside a scan; FLOP/s by formula over the peak of a large matrix product measured in
+the same turns; compile seconds.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mocosfl_jax.build import initial_state, program_of
+from mocosfl_jax.config import Config, check_types, default_config, resolve
+from mocosfl_jax.core.dispatch import Images, Normalisation, Program, run_dispatch
+from mocosfl_jax.core.step import Batch, Rates, train_step
+from mocosfl_jax.data.augment import two_views
+from mocosfl_jax.data.sources import DatasetInfo
+from mocosfl_jax.models.resnet import STEMS
+
+CIFAR10 = DatasetInfo(
+    name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10, labelled=True
+)
+PEAK_SIZE = 4096
+SCAN_STEPS = 2
+
+Variant = Callable[[], Any]
+
+
+def setting(**fields: Any) -> Config:
+    """The paper's CIFAR-10 setting with other fields set."""
+    raw = default_config()
+    raw.update(fields)
+    return resolve(check_types(raw), CIFAR10)
+
+
+# ---------------------------------------------------------------------------------------- FLOPs
+
+
+def unit_products(config: Config) -> list[int]:
+    """Multiply-adds of the convolutions of each unit of a basic-block ResNet, one image, forward."""
+    stem = STEMS[config.stem]
+    size = math.ceil(config.image_size / stem.stride)
+    units = [size**2 * stem.kernel_size**2 * 3 * config.width]
+    channels = config.width
+    for stage, blocks in enumerate(config.blocks_per_stage):
+        for block in range(blocks):
+            out = config.width * 2**stage
+            if stage > 0 and block == 0:
+                size = math.ceil(size / 2)
+            shortcut = channels * out if channels != out else 0
+            units.append(size**2 * (9 * channels * out + 9 * out * out + shortcut))
+            channels = out
+    return units
+
+
+def step_flops(config: Config) -> int:
+    """FLOPs of a step with the `server` loss and head V2; 2 a multiply-add, backward = 2 forwards.
+
+    Both encoders pass two views through the server. The gradient of the images is not computed, nor
+    that of the queue. Norms, augmentation and updates do not count.
+    """
+    units = unit_products(config)
+    client, server = sum(units[: config.cut]), sum(units[config.cut :])
+    features = config.width * 2 ** (len(config.blocks_per_stage) - 1)
+    server += features * config.head_width + config.head_width**2
+    logits = config.head_width * (config.queue_length + 1)
+    online = (3 * client - units[0]) + 2 * 3 * server + 2 * 2 * logits
+    momentum = client + 2 * server
+    return 2 * config.total_batch * (online + momentum)
+
+
+# -------------------------------------------------------------------------------------- variants
+
+
+class Bench:
+    """Inputs and compiled programs of one setting."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.program: Program = program_of(config)
+        self.compile_seconds: dict[str, float] = {}
+        rng = np.random.default_rng(0)
+        shape = (config.cohort_size, config.batch_size, config.image_size, config.image_size, 3)
+        self.images = jnp.asarray(rng.integers(0, 256, (SCAN_STEPS, *shape), dtype=np.uint8))
+        self.views = jnp.asarray(rng.standard_normal((2, *shape), dtype=np.float32))
+        self.mask = jnp.ones(shape[:2], bool)
+        self.weight = jnp.ones(config.cohort_size)
+        self.state = initial_state(config, self.program.method)
+        self.normalisation = Normalisation(jnp.full(3, 0.5), jnp.full(3, 0.25))
+
+    def _compile(self, name: str, function: Callable, *args: Any) -> Callable:
+        started = time.perf_counter()
+        compiled = jax.jit(function).lower(*args).compile()
+        self.compile_seconds[name] = time.perf_counter() - started
+        return compiled
+
+    def step(self) -> Variant:
+        """One step on ready views, with a sync."""
+        rate = jnp.float32(self.config.learning_rate)
+        batch = Batch(self.views[0], self.views[1], self.mask, self.weight)
+        args = (self.state, batch, Rates(rate, rate), jnp.bool_(True))
+        method = self.program.method
+        compiled = self._compile("step", lambda *a: train_step(method, *a), *args)
+        return lambda: compiled(*args)
+
+    def dispatch(self) -> Variant:
+        """A scanned period: augmentation and SCAN_STEPS steps, the last with a sync."""
+        sync_now = jnp.arange(SCAN_STEPS) == SCAN_STEPS - 1
+        mask = jnp.broadcast_to(self.mask, (SCAN_STEPS, *self.mask.shape))
+        inputs = Images(self.images, mask, sync_now, self.weight)
+        args = (self.state, inputs, self.normalisation, jax.random.key(0))
+        program = self.program
+        compiled = self._compile("dispatch", lambda *a: run_dispatch(program, *a), *args)
+        return lambda: compiled(*args)
+
+    def augmentation(self) -> Variant:
+        """Two views of every image of a step."""
+        images = self.images[0].reshape(-1, *self.images.shape[-3:])
+        keys = jax.random.split(jax.random.key(0), len(images))
+        augment, (mean, std) = self.program.augment, self.normalisation
+        args = (keys, images)
+        compiled = self._compile(
+            "augmentation", lambda k, i: two_views(k, i, augment, mean, std), *args
+        )
+        return lambda: compiled(*args)
+
+
+def matrix_product() -> Variant:
+    """A product of two large float32 matrices."""
+    a = jax.random.normal(jax.random.key(0), (PEAK_SIZE, PEAK_SIZE))
+    compiled = jax.jit(lambda x: x @ x).lower(a).compile()
+    return lambda: compiled(a)
+
+
+def medians(variants: dict[str, Variant], repeats: int) -> dict[str, float]:
+    """Median seconds of each variant; they take turns."""
+    for run in variants.values():
+        jax.block_until_ready(run())
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# ---------------------------------------------------------------------------------------- report
+
+
+def measure(cut: int, repeats: int, **fields: Any) -> dict[str, Any]:
+    """All figures of one cut; `fields` override the paper's setting."""
+    many = Bench(setting(num_clients=100, cut=cut, **fields))
+    one = Bench(setting(num_clients=1, batch_size=100, cut=cut, **fields))
+    variants = {
+        "peak": matrix_product(),
+        "step_100_clients": many.step(),
+        "step_1_client": one.step(),
+        "augmentation": many.augmentation(),
+        "scanned": many.dispatch(),
+    }
+    seconds = medians(variants, repeats)
+    peak = 2 * PEAK_SIZE**3 / seconds["peak"]
+    flops = step_flops(many.config)
+    scanned = seconds["scanned"] / SCAN_STEPS
+    return {
+        "cut": cut,
+        "seconds_a_step_100_clients": seconds["step_100_clients"],
+        "seconds_a_step_1_client": seconds["step_1_client"],
+        "federation_overhead": seconds["step_100_clients"] / seconds["step_1_client"],
+        "augmentation_share": seconds["augmentation"] / scanned,
+        "seconds_a_step_in_scan_with_augmentation": scanned,
+        "scanned_over_alone": scanned
+        / (seconds["step_100_clients"] + seconds["augmentation"]),
+        "gflop_a_step": flops / 1e9,
+        "peak_gflops_a_second": peak / 1e9,
+        "fraction_of_peak": flops / seconds["step_100_clients"] / peak,
+        "compile_seconds": many.compile_seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cuts", default="1,2", help="units on the client, comma-separated")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    print(f"jax {jax.__version__}, {device.device_kind}, {platform.machine()}")
+    results = []
+    for cut in args.cuts.split(","):
+        results.append(measure(int(cut), args.repeats))
+        for name, value in results[-1].items():
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+        print(flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""From a resolved config to the objects of a run."""
+
+import jax
+import jax.numpy as jnp
+
+from mocosfl_jax.config import Config
+from mocosfl_jax.core.dispatch import Program, rate_schedule
+from mocosfl_jax.core.queue import init_private_queues, init_queue
+from mocosfl_jax.core.sgd import sgd
+from mocosfl_jax.core.state import TrainState, create_state
+from mocosfl_jax.core.step import Method
+from mocosfl_jax.data.augment import AugmentConfig
+from mocosfl_jax.data.partition import Partition, by_classes, dirichlet, iid
+from mocosfl_jax.data.sources import Dataset
+from mocosfl_jax.models.split import SplitModel, build_model
+from mocosfl_jax.randomness import Stream, device_key
+
+
+def model_of(config: Config) -> SplitModel:
+    """The split network."""
+    return build_model(
+        backbone=config.backbone,
+        blocks_per_stage=config.blocks_per_stage,
+        width=config.width,
+        stem=config.stem,
+        cut=config.cut,
+        bottleneck=config.bottleneck_shape,
+        head=config.head,
+        head_width=config.head_width,
+        image_size=config.image_size,
+        compute_dtype=config.compute_dtype,
+    )
+
+
+def program_of(config: Config) -> Program:
+    """What a dispatch computes."""
+    method = Method(
+        model=model_of(config),
+        optimizer=sgd(config.momentum, config.weight_decay),
+        loss=config.loss,
+        temperature=config.temperature,
+        ema=config.ema,
+        align_momentum=config.align_momentum,
+        frozen_clients=config.client_learning_rate == 0,
+    )
+    augment = AugmentConfig(
+        size=config.image_size,
+        min_scale=config.crop_min_scale,
+        blur_prob=0.5 if config.augmentation == "v2" else 0.0,
+        blur_kernel_size=config.blur_kernel_size,
+    )
+    schedule = rate_schedule(config.schedule, config.total_steps)
+    return Program(method, augment, config.learning_rate, config.client_learning_rate, schedule)
+
+
+def initial_state(config: Config, method: Method) -> TrainState:
+    """State before the first step, from the seed."""
+    variables = method.model.init(device_key(config.seed, Stream.INIT))
+    key, length = device_key(config.seed, Stream.QUEUE), config.queue_length
+    if config.feature_sharing:
+        queue = init_queue(key, length, config.head_width)
+    else:
+        queue = init_private_queues(key, config.num_clients, length, config.head_width)
+    state = create_state(
+        *variables,
+        queue,
+        optimizer=method.optimizer,
+        num_clients=config.num_clients,
+        cohort_size=config.cohort_size,
+        feature_sharing=config.feature_sharing,
+        align_momentum=config.align_momentum,
+    )
+    return jax.tree.map(jnp.copy, state)  # momentum models share buffers, which donation forbids
+
+
+def partition_of(config: Config, dataset: Dataset) -> Partition:
+    """Which client holds which training images."""
+    labels, clients, seed = dataset.train.labels, config.num_clients, config.seed
+    if config.classes_per_client is not None:
+        return by_classes(labels, clients, config.classes_per_client, seed)
+    if config.dirichlet_alpha is not None:
+        return dirichlet(labels, clients, config.dirichlet_alpha, seed)
+    return iid(len(dataset.train.images), clients, seed)

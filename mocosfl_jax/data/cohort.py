@@ -1,0 +1,118 @@
+"""Who takes part in a round, and with which images: functions of (seed, round, client) alone."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocosfl_jax.data.partition import Partition
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.randomness import Stream, host_rng
+
+
+class CohortSampler:
+    """Draws the cohort of any round among the clients that have images."""
+
+    def __init__(self, partition: Partition, cohort_size: int, seed: int):
+        """Args: partition: of N clients; cohort_size: C, clients a round; seed: of the run.
+
+        Raises: InputError: fewer than C clients have images.
+        """
+        self._eligible = np.flatnonzero(partition.sizes).astype(np.int32)
+        if not 1 <= cohort_size <= len(self._eligible):
+            raise InputError(
+                "config.cohort_size",
+                cohort_size,
+                f"from 1 to the clients that have images, {len(self._eligible)}",
+            )
+        self._cohort_size = cohort_size
+        self._seed = seed
+
+    def draw(self, round_: int) -> NDArray[np.int32]:
+        """The cohort of a round, (C,) int32 distinct client ids; in id order if all take part."""
+        return draw_cohort(self._eligible, self._cohort_size, self._seed, round_)
+
+
+def draw_cohort(
+    eligible_ids: NDArray[np.int32], cohort_size: int, seed: int, round_: int
+) -> NDArray[np.int32]:
+    """Draws clients without replacement, in O(cohort_size) for cohorts small beside N.
+
+    Args:
+        eligible_ids: clients that have images, in id order.
+        cohort_size: C, at most their number.
+        seed: of the run.
+        round_: index of the round.
+
+    Returns: (C,) int32 in random order; all of `eligible_ids` as they are where C is their number.
+    """
+    if cohort_size == len(eligible_ids):
+        return eligible_ids.copy()
+    rng = host_rng(seed, Stream.COHORT, round_)
+    return eligible_ids[rng.choice(len(eligible_ids), cohort_size, replace=False)]
+
+
+def client_order(
+    partition: Partition, client: int, round_: int, seed: int, batch_size: int, steps: int
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Images of one client in one round.
+
+    A client with at least B images walks through a random permutation of them, starts a new one
+    when it is through, and cuts the walk into batches of B, which may straddle two permutations. A
+    client with fewer takes all of them each step, in a fresh order, padded with its first image.
+    More steps extend the walk and do not change its start.
+
+    Args:
+        partition: who holds what.
+        client: a client id that has images.
+        round_: index of the round.
+        seed: of the run.
+        batch_size: B.
+        steps: steps of the round.
+
+    Returns:
+        Image ids (steps, B) int32, and a mask (steps, B) that is False on padding.
+
+    Raises:
+        InputError: the client has no images.
+    """
+    images = partition.client(client)
+    if not len(images):
+        raise InputError("client", client, "a client without images cannot take part")
+    taken = min(len(images), batch_size)
+    walks = -(-steps * taken // len(images))
+    rng = host_rng(seed, Stream.ORDER, round_, client)
+    walk = rng.permuted(np.broadcast_to(images, (walks, len(images))), axis=1)
+    ids = np.full((steps, batch_size), images[0], np.int32)
+    ids[:, :taken] = walk.reshape(-1)[: steps * taken].reshape(steps, taken)
+    mask = np.zeros((steps, batch_size), bool)
+    mask[:, :taken] = True
+    return ids, mask
+
+
+def round_batches(
+    partition: Partition,
+    cohort: NDArray[np.int32],
+    round_: int,
+    seed: int,
+    batch_size: int,
+    steps: int,
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """`client_order` of every member of a cohort.
+
+    Args:
+        partition: who holds what.
+        cohort: (C,) client ids that have images.
+        round_: index of the round.
+        seed: of the run.
+        batch_size: B.
+        steps: steps of the round.
+
+    Returns:
+        Image ids (steps, C, B) int32 and their mask, bool, False on padding.
+    """
+    ids = np.empty((steps, len(cohort), batch_size), np.int32)
+    mask = np.empty(ids.shape, bool)
+    for slot, client in enumerate(cohort):
+        ids[:, slot], mask[:, slot] = client_order(
+            partition, int(client), round_, seed, batch_size, steps
+        )
+    return ids, mask

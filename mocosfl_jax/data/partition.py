@@ -1,0 +1,208 @@
+"""Which client holds which images: one index array with offsets, for a million clients as for ten.
+
+Every image belongs to exactly one client. All functions are deterministic in their seed.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.randomness import Stream, host_rng
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Images by client, in compressed rows.
+
+    offsets: (N + 1,) int64, from 0 to the number of images, never falling.
+    indices: (images,) int32 image ids; client i holds `indices[offsets[i]:offsets[i + 1]]`.
+    """
+
+    offsets: NDArray[np.int64]
+    indices: NDArray[np.int32]
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) int64, images of each client."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def owners(self) -> NDArray[np.int32]:
+        """(images,) int32, the client of each entry of `indices`."""
+        return np.repeat(np.arange(self.num_clients, dtype=np.int32), self.sizes)
+
+    def client(self, client_id: int) -> NDArray[np.int32]:
+        """Image ids of a client: a view, (images of the client,) int32.
+
+        Raises: IndexError: there is no such client.
+        """
+        if not 0 <= client_id < self.num_clients:
+            raise IndexError(f"client {client_id} of {self.num_clients}")
+        return self.indices[self.offsets[client_id] : self.offsets[client_id + 1]]
+
+
+def iid(num_images: int, num_clients: int, seed: int) -> Partition:
+    """Images at random, in parts whose sizes differ by one at most.
+
+    Raises: InputError: more clients than images.
+    """
+    _check_clients(num_clients, num_images)
+    indices = host_rng(seed, Stream.PARTITION).permutation(num_images)
+    return Partition(_even_cuts(num_images, num_clients), indices.astype(np.int32))
+
+
+def by_classes(
+    labels: NDArray[np.integer] | None, num_clients: int, classes_per_client: int, seed: int
+) -> Partition:
+    """Shards of images sorted by label (McMahan et al. 2017; the paper's non-IID setting).
+
+    Images, shuffled within their label, are cut into `num_clients * classes_per_client` shards
+    whose sizes differ by one at most, and each client is dealt as many shards at random. A client
+    may get two shards of one class, or a shard across the boundary of two.
+
+    Args:
+        labels: (images,) integers.
+        num_clients: N.
+        classes_per_client: shards of each client.
+        seed: of the run.
+
+    Raises:
+        InputError: no labels, more clients or shards than images, fewer classes than asked for.
+    """
+    labels = _check_labels(labels, "config.classes_per_client", classes_per_client)
+    num_images = len(labels)
+    _check_clients(num_clients, num_images)
+    num_classes = len(np.unique(labels))
+    if not 1 <= classes_per_client <= num_classes:
+        raise InputError(
+            "config.classes_per_client", classes_per_client, f"there are {num_classes} classes"
+        )
+    num_shards = num_clients * classes_per_client
+    if num_shards > num_images:
+        raise InputError(
+            "config.classes_per_client",
+            classes_per_client,
+            f"{num_clients} clients * {classes_per_client} shards exceed {num_images} images",
+        )
+    rng = host_rng(seed, Stream.PARTITION)
+    sorted_ids = _sort_by_label(labels, rng)
+    cuts = _even_cuts(num_images, num_shards)
+    dealt = rng.permutation(num_shards)  # shards of client 0, of client 1, ...
+    lengths = np.diff(cuts)[dealt]
+    ends = np.cumsum(lengths)
+    positions = np.arange(num_images) + np.repeat(cuts[dealt] - (ends - lengths), lengths)
+    offsets = np.concatenate([[0], ends[classes_per_client - 1 :: classes_per_client]])
+    return Partition(offsets, sorted_ids[positions])
+
+
+def dirichlet(
+    labels: NDArray[np.integer] | None, num_clients: int, alpha: float, seed: int
+) -> Partition:
+    """Each class spread over the clients in Dirichlet(alpha) proportions (Hsu et al. 2019).
+
+    Small alpha: few clients hold a class. A client's share of a class is its proportion to within
+    one image; clients may stay empty.
+
+    Args:
+        labels: (images,) integers.
+        num_clients: N.
+        alpha: concentration, > 0.
+        seed: of the run.
+
+    Raises:
+        InputError: no labels, more clients than images, alpha not above 0.
+    """
+    labels = _check_labels(labels, "config.dirichlet_alpha", alpha)
+    _check_clients(num_clients, len(labels))
+    if not 0 < alpha < np.inf:
+        raise InputError("config.dirichlet_alpha", alpha, "a finite number above 0 is needed")
+    rng = host_rng(seed, Stream.PARTITION)
+    sorted_ids = _sort_by_label(labels, rng)
+    owners = np.empty(len(labels), np.int32)
+    start = 0
+    for count in np.unique(labels, return_counts=True)[1]:
+        share_ends = np.cumsum(rng.dirichlet(np.full(num_clients, alpha)))
+        # Image j of a class lies at (j + 1/2) / count of the way through the clients' shares.
+        place = (np.arange(count) + 0.5) / count * share_ends[-1]
+        owners[start : start + count] = np.searchsorted(share_ends, place)
+        start += count
+    sizes = np.bincount(owners, minlength=num_clients)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return Partition(offsets, sorted_ids[np.argsort(owners, kind="stable")])
+
+
+def class_counts(
+    partition: Partition, labels: NDArray[np.integer], num_classes: int
+) -> NDArray[np.int64]:
+    """Images of each class at each client, (N, num_classes) int64; labels in [0, num_classes)."""
+    cells = _cells(partition, labels, num_classes)
+    counts = np.bincount(cells, minlength=partition.num_clients * num_classes)
+    return counts.reshape(partition.num_clients, num_classes)
+
+
+def describe(
+    partition: Partition, labels: NDArray[np.integer] | None, num_classes: int | None
+) -> dict[str, int | float]:
+    """Facts about a partition.
+
+    Returns: clients, empty_clients, images_min, images_median and images_max a client; with labels
+        also classes_min, classes_mean and classes_max a client, over clients that have images.
+    """
+    sizes = partition.sizes
+    facts: dict[str, int | float] = {
+        "clients": partition.num_clients,
+        "empty_clients": int(np.sum(sizes == 0)),
+        "images_min": int(sizes.min()),
+        "images_median": float(np.median(sizes)),
+        "images_max": int(sizes.max()),
+    }
+    if labels is not None and num_classes is not None:
+        # Distinct (client, class) pairs: no (N, num_classes) array, which a million clients forbid.
+        pairs = np.sort(_cells(partition, labels, num_classes))
+        distinct = pairs[np.diff(pairs, prepend=-1) != 0]
+        classes = np.bincount(distinct // num_classes)
+        classes = classes[classes > 0]
+        facts["classes_min"] = int(classes.min())
+        facts["classes_mean"] = round(float(classes.mean()), 2)
+        facts["classes_max"] = int(classes.max())
+    return facts
+
+
+def _cells(
+    partition: Partition, labels: NDArray[np.integer], num_classes: int
+) -> NDArray[np.int64]:
+    """client * num_classes + class of each entry of `partition.indices`."""
+    return partition.owners.astype(np.int64) * num_classes + labels[partition.indices]
+
+
+def _even_cuts(length: int, parts: int) -> NDArray[np.int64]:
+    """Boundaries of `parts` consecutive parts whose sizes differ by one at most, (parts + 1,)."""
+    return np.arange(parts + 1, dtype=np.int64) * length // parts
+
+
+def _sort_by_label(labels: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.int32]:
+    """Image ids by label, in random order within a label."""
+    shuffled = rng.permutation(len(labels)).astype(np.int32)
+    return shuffled[np.argsort(labels[shuffled], kind="stable")]
+
+
+def _check_clients(num_clients: int, num_images: int) -> None:
+    if not 1 <= num_clients <= num_images:
+        raise InputError(
+            "config.num_clients", num_clients, f"at most one client an image: 1 to {num_images}"
+        )
+
+
+def _check_labels(
+    labels: NDArray[np.integer] | None, field: str, value: float
+) -> NDArray[np.integer]:
+    if labels is None:
+        raise InputError(field, value, "images without labels can only be IID: unset")
+    return labels

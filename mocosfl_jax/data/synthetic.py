@@ -1,0 +1,207 @@
+"""A procedural data set: ten classes of small RGB images, each filled with one motif.
+
+An image is a jittered lattice of copies of its class's motif (discs, rings, bars, ...), light on
+dark or dark on light, over a smooth field of colour, with noise. Only the shape of the motif tells
+the class: colours, contrast, scale, position, tilt and noise are drawn alike for all classes. So
+neighbours among raw pixels, or among features of an untrained network, say little about the class,
+while crops of one image share little but the motif: contrastive learning finds it.
+
+The images are part of the interface: they depend on nothing but the split and the size, and are
+made with exactly rounded operations only, hence the same on every machine.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocosfl_jax.randomness import Stream, host_rng
+
+NUM_TRAIN = 10_000
+NUM_TEST = 2_000
+SIZE = 32
+CLASS_NAMES = (
+    "disc",
+    "ring",
+    "plus",
+    "cross",
+    "frame",
+    "triangle",
+    "horizontal bar",
+    "vertical bar",
+    "diagonal bar",
+    "checker",
+)
+
+Array = NDArray[np.float32]
+_F = np.float32
+_SEED = 0  # of the data set, not of a run
+_LATTICE = 8  # cells of the lattice each way; it repeats beyond, outside of the image
+_COLOUR_GRID = 4  # knots of the colour field each way
+_BATCH = 100  # images drawn at once: their arrays fit the cache
+
+
+def synthetic_split(split: str, size: int = SIZE) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """Draws a split; another size shows the same scenes at another resolution.
+
+    Args:
+        split: "train" (10,000 images) or "test" (2,000).
+        size: side of the images in pixels.
+
+    Returns:
+        Images uint8 (n, size, size, 3) and labels int32 (n,): 0, 1, ..., 9, 0, 1, ...
+    """
+    num_images = {"train": NUM_TRAIN, "test": NUM_TEST}[split]
+    split_id = ("train", "test").index(split)
+    scene_rng = host_rng(_SEED, Stream.DATASET, split_id, 0)
+    noise_rng = host_rng(_SEED, Stream.DATASET, split_id, 1)
+    labels = np.arange(num_images, dtype=np.int32) % len(CLASS_NAMES)
+    images = np.empty((num_images, size, size, 3), np.uint8)
+    for class_id, motif in enumerate(_MOTIFS):
+        of_class = images[class_id :: len(CLASS_NAMES)]
+        for start in range(0, len(of_class), _BATCH):
+            batch = of_class[start : start + _BATCH]
+            batch[...] = _draw(_random_scenes(scene_rng, len(batch)), motif, size, noise_rng)
+    return images, labels
+
+
+# ------------------------------------------------------------------------------------- motifs
+# Signed distances to the outline (negative inside) on a square that reaches from -1 to 1.
+
+
+def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
+    return np.maximum(np.abs(x) - _F(half_width), np.abs(y) - _F(half_height))
+
+
+def _disc(x: Array, y: Array) -> Array:
+    return np.sqrt(x * x + y * y) - _F(0.75)
+
+
+def _ring(x: Array, y: Array) -> Array:
+    return np.abs(np.sqrt(x * x + y * y) - _F(0.72)) - _F(0.2)
+
+
+def _plus(x: Array, y: Array) -> Array:
+    return np.minimum(_box(x, y, 0.95, 0.24), _box(x, y, 0.24, 0.95))
+
+
+def _frame(x: Array, y: Array) -> Array:
+    return np.abs(_box(x, y, 0.68, 0.68)) - _F(0.19)
+
+
+def _triangle(x: Array, y: Array) -> Array:
+    return np.maximum(np.abs(x) * _F(0.8660254) + y * _F(0.5), -y) - _F(0.5)
+
+
+def _bar(x: Array, y: Array) -> Array:
+    return _box(x, y, 1.0, 0.3)
+
+
+def _checker(x: Array, y: Array) -> Array:
+    near, far = np.minimum(np.abs(x), np.abs(y)), np.maximum(np.abs(x), np.abs(y))
+    return np.maximum(far - _F(0.95), np.where(x * y > 0, -near, near))
+
+
+def _turned(motif: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """The motif turned by 45 degrees."""
+    root = _F(0.70710678)
+    return lambda x, y: motif((x + y) * root, (x - y) * root)
+
+
+_MOTIFS: tuple[Callable[[Array, Array], Array], ...] = (
+    _disc,
+    _ring,
+    _plus,
+    _turned(_plus),
+    _frame,
+    _triangle,
+    _bar,
+    lambda x, y: _bar(y, x),
+    _turned(_bar),
+    _checker,
+)
+
+# ------------------------------------------------------------------------------------- scenes
+
+
+class _Scenes(NamedTuple):
+    """What is drawn at random for n images; lengths in 1/32 of the side, colours in [0, 1].
+
+    cell: (n,) side of a lattice cell. turn: (n, 2) cosine and sine of the lattice's tilt.
+    origin: (n, 2) place of the image's centre in the lattice, in cells.
+    copies: (n, cells, cells, 8) of each copy: offset from the cell's centre in cells (x, y); cosine
+      and sine of its tilt over its radius in cells; its radius; what it adds to red, green, blue.
+    field: (n, knots, knots, 3) colours. noise: (n,) amplitude.
+    """
+
+    cell: Array
+    turn: Array
+    origin: Array
+    copies: Array
+    field: Array
+    noise: Array
+
+
+def _random_scenes(rng: np.random.Generator, n: int) -> _Scenes:
+    def uniform(low: float, high: float, *shape: int) -> Array:
+        return rng.random(shape, dtype=np.float32) * _F(high - low) + _F(low)
+
+    def turn(half_tangent: float, *shape: int) -> tuple[Array, Array]:
+        """Cosine and sine of angles up to 2 atan(half_tangent), without a transcendental."""
+        t = uniform(-half_tangent, half_tangent, *shape)
+        return (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+
+    cells = (n, _LATTICE, _LATTICE)
+    cell = uniform(8, 14, n)
+    tilt = np.stack(turn(0.1, n), axis=-1)
+    origin = uniform(0, 1, n, 2) + _F(_LATTICE // 2)
+    radius = uniform(0.36, 0.46, *cells)
+    offset = uniform(-1, 1, *cells, 2) * (_F(0.5) - radius)[..., None]
+    cosine, sine = turn(0.1, *cells)
+    sign = np.where(uniform(0, 1, n, 1, 1, 1) < 0.5, _F(-1), _F(1))
+    tint = uniform(0, 1, n, 1, 1, 3) * _F(0.7) + uniform(0, 1, *cells, 3) * _F(0.3)
+    shift = sign * _F(0.64) + tint * _F(0.2)
+    polar = np.stack([cosine / radius, sine / radius, radius], axis=-1)
+    copies = np.concatenate([offset, polar, shift], axis=-1)
+    knots = uniform(0, 1, n, _COLOUR_GRID, _COLOUR_GRID, 3)
+    field = uniform(0, 1, n, 1, 1, 3) * _F(0.7) + knots * _F(0.3)
+    return _Scenes(cell, tilt, origin, copies, field, uniform(0, 0.1, n))
+
+
+def _draw(
+    scenes: _Scenes,
+    motif: Callable[[Array, Array], Array],
+    size: int,
+    noise_rng: np.random.Generator,
+) -> NDArray[np.uint8]:
+    """Renders the scenes, uint8 (n, size, size, 3)."""
+    n = len(scenes.cell)
+    cell = scenes.cell[:, None, None] * _F(size / SIZE)  # pixels
+    cosine, sine = scenes.turn[:, 0, None, None], scenes.turn[:, 1, None, None]
+    centred = np.arange(size, dtype=np.float32) - _F((size - 1) / 2)
+    x, y = centred[None, None, :], centred[None, :, None]
+    u = (x * cosine - y * sine) / cell + scenes.origin[:, 0, None, None]
+    v = (x * sine + y * cosine) / cell + scenes.origin[:, 1, None, None]
+    column, row = np.floor(u), np.floor(v)
+    cell_id = (row.astype(np.int32) % _LATTICE) * _LATTICE + column.astype(np.int32) % _LATTICE
+    image_id = np.arange(n, dtype=np.int32)[:, None, None]
+    copy = scenes.copies.reshape(-1, 8)[image_id * _LATTICE**2 + cell_id]
+    u, v = u - column - _F(0.5) - copy[..., 0], v - row - _F(0.5) - copy[..., 1]
+    cosine, sine = copy[..., 2], copy[..., 3]
+    distance = motif(u * cosine - v * sine, u * sine + v * cosine)
+    cover = np.clip(_F(0.5) - distance * copy[..., 4] * cell, 0, 1)[..., None]
+    field = _interpolate(_interpolate(scenes.field, size, 1), size, 2)
+    image = field + cover * (copy[..., 5:] - field * _F(0.2))
+    noise = noise_rng.random(image.shape, dtype=np.float32) - _F(0.5)
+    image += noise * scenes.noise[:, None, None, None]
+    return np.clip(image * _F(255) + _F(0.5), 0, 255).astype(np.uint8)
+
+
+def _interpolate(knots: Array, size: int, axis: int) -> Array:
+    """Piecewise linear from the knots of an axis to `size` samples."""
+    num_knots = knots.shape[axis]
+    place = np.arange(size, dtype=np.float32) * _F((num_knots - 1) / max(size - 1, 1))
+    left = np.minimum(place.astype(np.int32), num_knots - 2)
+    part = np.expand_dims(place - left.astype(np.float32), tuple(range(1, knots.ndim - axis)))
+    return knots.take(left, axis) * (1 - part) + knots.take(left + 1, axis) * part

@@ -1,0 +1,1 @@
+"""What a trained encoder is worth: frozen features, kNN monitor, linear probe."""

@@ -1,0 +1,114 @@
+"""Frozen features of whole data sets: encoded once, then read by every evaluation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mocosfl_jax.errors import InputError
+
+PyTree = Any
+ApplyFn = Callable[[PyTree, jax.Array], PyTree]
+
+
+def encode(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    images_nHWC: np.ndarray,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+) -> PyTree:
+    """Runs a frozen encoder over unaugmented images, in order.
+
+    Images travel to the device as uint8 and are normalised there: (image / 255 - mean) / std. All
+    batches have `batch_size` rows (the last one is padded), so `apply_fn` is traced once for an
+    image shape and batch size, however many images and calls there are. That holds while
+    `apply_fn` is the same object: pass a module-level function or the `apply` of one model object,
+    not a lambda made anew for each call.
+
+    Args:
+      apply_fn: (params, float32 images (batch_size, H, W, channels)) to a pytree of arrays
+        (batch_size, ...). No row may influence another (a batch norm uses running statistics).
+      params: the encoder's variables, any pytree of arrays.
+      images_nHWC: uint8 (n, H, W, channels), n >= 1.
+      mean: of each channel, for pixels in [0, 1].
+      std: of each channel, positive.
+      batch_size: rows a call, >= 1.
+
+    Returns:
+      The pytree of `apply_fn` with NumPy leaves (n, ...).
+
+    Raises:
+      InputError: images that are not a non-empty uint8 (n, H, W, channels), a mean or std of
+        another length than channels, a std that is not positive, or a batch size below 1.
+    """
+    _check(images_nHWC, mean, std, batch_size)
+    mean_C, std_C = jax.device_put((np.asarray(mean, np.float32), np.asarray(std, np.float32)))
+    params = jax.device_put(params)
+    chunks, running = [], None
+    for images_BHWC in _padded_batches(images_nHWC, batch_size):
+        launched = _encode_batch(apply_fn, params, jax.device_put(images_BHWC), mean_C, std_C)
+        if running is not None:  # fetched only now, so that two batches at most are on the device
+            chunks.append(jax.device_get(running))
+        running = launched
+    chunks.append(jax.device_get(running))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(images_nHWC)], *chunks)
+
+
+def check_labelled(
+    where: str, features_MD: np.ndarray, labels_M: np.ndarray, num_classes: int
+) -> None:
+    """Checks a labelled set of features; `where` (as in `train`) leads the names in the errors.
+
+    Raises:
+      InputError: features that are not a non-empty (M, D) of finite numbers, labels that are not M
+        integers, or a label outside [0, num_classes).
+    """
+    if np.ndim(features_MD) != 2 or 0 in np.shape(features_MD):
+        raise InputError(f"{where}_features.shape", np.shape(features_MD), "non-empty (M, D)")
+    if not np.isfinite(features_MD).all():
+        bad = int(np.sum(~np.isfinite(features_MD).all(axis=1)))
+        raise InputError(f"{where}_features", f"{bad} rows with nan or inf", "finite numbers")
+    if np.shape(labels_M) != (len(features_MD),):
+        raise InputError(f"{where}_labels.shape", np.shape(labels_M), f"({len(features_MD)},)")
+    if not np.issubdtype(labels_M.dtype, np.integer):
+        raise InputError(f"{where}_labels.dtype", str(labels_M.dtype), "an integer type")
+    low, high = int(np.min(labels_M)), int(np.max(labels_M))
+    if low < 0 or high >= num_classes:
+        raise InputError(f"{where}_labels range", (low, high), f"in [0, {num_classes})")
+
+
+@partial(jax.jit, static_argnames="apply_fn")
+def _encode_batch(
+    apply_fn: ApplyFn, params: PyTree, images_BHWC: jax.Array, mean_C: jax.Array, std_C: jax.Array
+) -> PyTree:
+    scaled_BHWC = images_BHWC.astype(jnp.float32) / 255.0
+    return apply_fn(params, (scaled_BHWC - mean_C[None, None, None]) / std_C[None, None, None])
+
+
+def _padded_batches(images_nHWC: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(images_nHWC), batch_size):
+        batch_BHWC = images_nHWC[start : start + batch_size]
+        missing = batch_size - len(batch_BHWC)
+        yield np.pad(batch_BHWC, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else batch_BHWC
+
+
+def _check(
+    images_nHWC: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int
+) -> None:
+    if images_nHWC.dtype != np.uint8:
+        raise InputError("images.dtype", str(images_nHWC.dtype), "uint8")
+    if images_nHWC.ndim != 4 or len(images_nHWC) == 0:
+        raise InputError("images.shape", images_nHWC.shape, "(n, H, W, channels), n >= 1")
+    channels = images_nHWC.shape[3]
+    for where, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise InputError(where, tuple(values), f"one number for each of {channels} channels")
+    if min(std) <= 0:
+        raise InputError("std", tuple(std), "positive numbers")
+    if batch_size < 1:
+        raise InputError("batch_size", batch_size, ">= 1")

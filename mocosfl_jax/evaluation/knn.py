@@ -1,0 +1,131 @@
+"""Weighted k-nearest-neighbour classification of frozen features: the monitor during training.
+
+Reference: Wu, Xiong, Yu, Lin, "Unsupervised Feature Learning via Non-Parametric Instance
+Discrimination", CVPR 2018, section 3.4.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.evaluation.features import check_labelled
+
+# exp(1 / temperature), summed over any number of neighbours, must stay finite in float32.
+_SMALLEST_TEMPERATURE = 0.02
+
+
+def knn_scores(
+    features_MD: jax.Array,
+    bank_ND: jax.Array,
+    bank_labels_N: jax.Array,
+    num_classes: int,
+    k: int = 200,
+    temperature: float = 0.1,
+) -> jax.Array:
+    """Class scores of each query: the summed weights of its nearest neighbours of that class.
+
+    Both sets are L2-normalised here; the nearest are the k of largest cosine similarity, found
+    exactly, and a neighbour's weight is exp(similarity / temperature). Jittable with
+    `num_classes`, `k` and `temperature` static.
+
+    Args:
+      features_MD: queries, float.
+      bank_ND: the labelled set, float. N is the bank's size here.
+      bank_labels_N: integers in [0, num_classes).
+      num_classes: width of the scores.
+      k: neighbours that vote, >= 1; the whole bank where it is smaller.
+      temperature: >= 0.02, so that the scores are finite.
+
+    Returns:
+      float32 (M, num_classes). The prediction is the argmax (the lowest class of a tie).
+
+    Raises:
+      InputError: k or temperature below its smallest value.
+    """
+    _check_voting(k, temperature)
+    unit_MD, unit_bank_ND = _unit_rows(features_MD), _unit_rows(bank_ND)
+    scores_MC: jax.Array = _vote(unit_MD, unit_bank_ND, bank_labels_N, num_classes, k, temperature)
+    return scores_MC
+
+
+def knn_top1(
+    features_MD: np.ndarray,
+    labels_M: np.ndarray,
+    bank_ND: np.ndarray,
+    bank_labels_N: np.ndarray,
+    num_classes: int,
+    k: int = 200,
+    temperature: float = 0.1,
+    chunk_size: int = 500,
+) -> float:
+    """Top-1 accuracy in percent of the `knn_scores` prediction.
+
+    Queries go through in chunks, so that at most (chunk_size, N) similarities exist at once.
+
+    Args:
+      features_MD: queries, float.
+      labels_M: their classes, integers in [0, num_classes).
+      bank_ND: the labelled set, as in `knn_scores`.
+      bank_labels_N: as in `knn_scores`.
+      num_classes: number of classes.
+      k: as in `knn_scores`.
+      temperature: as in `knn_scores`.
+      chunk_size: queries at a time, >= 1; no effect on the result.
+
+    Raises:
+      InputError: what `check_labelled` and `knn_scores` refuse, sets of two widths, or a
+        chunk size below 1.
+    """
+    check_labelled("query", features_MD, labels_M, num_classes)
+    check_labelled("bank", bank_ND, bank_labels_N, num_classes)
+    _check_voting(k, temperature)
+    if features_MD.shape[1] != bank_ND.shape[1]:
+        raise InputError("query_features width", features_MD.shape[1], f"bank's {bank_ND.shape[1]}")
+    if chunk_size < 1:
+        raise InputError("chunk_size", chunk_size, ">= 1")
+
+    bank_ND = _unit_rows(jax.device_put(bank_ND))
+    bank_labels_N = jax.device_put(bank_labels_N)
+    correct = 0
+    for start in range(0, len(features_MD), chunk_size):
+        queries_QD = _unit_rows(jax.device_put(features_MD[start : start + chunk_size]))
+        scores_QC = _vote(queries_QD, bank_ND, bank_labels_N, num_classes, k, temperature)
+        predicted_Q = np.argmax(jax.device_get(scores_QC), axis=1)
+        correct += int(np.sum(predicted_Q == labels_M[start : start + chunk_size]))
+    return 100.0 * correct / len(labels_M)
+
+
+@jax.jit
+def _unit_rows(rows_MD: jax.Array) -> jax.Array:
+    rows_MD = rows_MD.astype(jnp.float32)
+    return rows_MD / jnp.maximum(jnp.linalg.norm(rows_MD, axis=1, keepdims=True), 1e-12)
+
+
+@partial(jax.jit, static_argnames=("num_classes", "k", "temperature"))
+def _vote(
+    unit_MD: jax.Array,
+    unit_bank_ND: jax.Array,
+    bank_labels_N: jax.Array,
+    num_classes: int,
+    k: int,
+    temperature: float,
+) -> jax.Array:
+    # Full float32: neighbours must not depend on a backend's short matrix products.
+    similarity_MN = jnp.matmul(unit_MD, unit_bank_ND.T, precision=lax.Precision.HIGHEST)
+    nearest_MK, index_MK = lax.top_k(similarity_MN, min(k, unit_bank_ND.shape[0]))
+    weight_MK = jnp.exp(nearest_MK / temperature)
+    label_MK = bank_labels_N[index_MK].astype(jnp.int32)
+    # Compare and sum, not scatter: XLA fuses it, and no backend changes the order between runs.
+    votes_MKC = label_MK[:, :, None] == jnp.arange(num_classes, dtype=jnp.int32)[None, None]
+    return jnp.sum(jnp.where(votes_MKC, weight_MK[:, :, None], 0.0), axis=1)
+
+
+def _check_voting(k: int, temperature: float) -> None:
+    if k < 1:
+        raise InputError("k", k, ">= 1")
+    if temperature < _SMALLEST_TEMPERATURE:
+        raise InputError("temperature", temperature, f">= {_SMALLEST_TEMPERATURE}")

@@ -1,0 +1,124 @@
+"""Command line: `python -m mocosfl_jax.main --config configs/X.py --workdir DIR`.
+
+Options: --config.FIELD=VALUE overrides a field of the config file; --dry_run prints what would run.
+Exit status: 0 done; 1 the run failed; 2 bad input, one line on stderr; 143 stopped by a signal, the
+state saved, and the same command resumes.
+"""
+
+import dataclasses
+import os
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from mocosfl_jax.errors import InputError
+
+BAD_INPUT, STOPPED = 2, 143
+
+
+def define_flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, for example configs/quickstart.py.", flag_values=values
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run; the same one resumes.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "Print what would run, and stop.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Print this help.", short_name="h", flag_values=values)
+    return values
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command; returns the exit status."""
+    values = define_flags()
+    try:
+        raw = _parse(values, argv)
+        if values.help:
+            print(f"{__doc__}\n{values.main_module_help()}")
+            return 0
+        return _run(raw, values.workdir, values.dry_run)
+    except InputError as error:
+        print(f"mocosfl_jax: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _parse(values: flags.FlagValues, argv: list[str]):
+    """The config of the command line.
+
+    Raises: InputError: a flag or field that does not exist, or a value of another type.
+    """
+    try:
+        rest = values(argv)
+    except (flags.Error, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+        raise InputError("command line", " ".join(argv[1:]), str(error) or "not understood") from None
+    if len(rest) > 1:
+        raise InputError("command line", rest[1], "options start with --")
+    if values.help:
+        return None
+    if values.config is None:
+        raise InputError("--config", None, "a config file is needed, e.g. configs/quickstart.py")
+    if values.workdir is None and not values.dry_run:
+        raise InputError("--workdir", None, "a folder for the run is needed")
+    return values.config
+
+
+def _run(raw, path: str | None, dry_run: bool) -> int:
+    # Imported here so that a typing mistake on the command line is answered at once.
+    from mocosfl_jax.config import check_types, resolve
+    from mocosfl_jax.data.sources import inspect_dataset, load_dataset
+
+    config = check_types(raw)
+    source = {
+        "data_dir": config.data_dir,
+        "train_split": config.train_split,
+        "test_split": config.test_split,
+        "image_size": config.image_size,
+        "holdout_fraction": config.holdout_fraction,
+        "seed": config.seed,
+    }
+    config = resolve(config, inspect_dataset(config.dataset, **source))
+    if dry_run:
+        _print_plan(config)
+        return 0
+
+    from mocosfl_jax.train import Interrupted, NonFiniteError, train
+    from mocosfl_jax.workdir import WorkDir
+
+    workdir = WorkDir(path)
+    try:
+        summary = train(config, load_dataset(config.dataset, **source), workdir)
+    except Interrupted as stop:
+        print(f"mocosfl_jax: {stop}; the same command resumes", file=sys.stderr)
+        return STOPPED
+    except NonFiniteError as error:
+        print(f"mocosfl_jax: {error}; the last good checkpoint is kept", file=sys.stderr)
+        return 1
+    finally:
+        workdir.close()
+    for name, value in summary.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def _print_plan(config) -> None:
+    from mocosfl_jax.plan import plan
+
+    for name, value in dataclasses.asdict(config).items():
+        print(f"{name}: {value}")
+    sizes = plan(config)
+    print(
+        f"""
+cohort C = {config.cohort_size}, images a client a step B = {config.batch_size}
+{config.rounds} rounds of {config.steps_per_round} steps = {config.total_steps} steps
+{config.syncs_per_round} syncs a round, one every {config.steps_per_round / config.syncs_per_round:g} steps
+client parameters: {sizes.client_params:,}
+server parameters: {sizes.server_params:,}
+sent by a client in a round: {sizes.bytes_up_per_client_round / 1e6:.2f} MB
+received by a client in a round: {sizes.bytes_down_per_client_round / 1e6:.2f} MB
+estimated memory: {sizes.memory_bytes / 1e9:.2f} GB beside the images"""
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.exit(main(sys.argv))

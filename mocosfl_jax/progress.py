@@ -1,0 +1,53 @@
+"""What a person sees while a run goes on."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from mocosfl_jax.config import Config
+
+SECONDS_BETWEEN_LINES = 20.0
+
+
+class Progress:
+    """A bar with images/s and time left on a terminal, else a line now and then; on stdout."""
+
+    def __init__(self, config: Config):
+        self._total = config.total_steps
+        self._wanted = config.progress
+        self._bar: tqdm | None = None
+        self._step = self._first_step = 0
+        self._started = self._last_line = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def start(self, step: int) -> None:
+        """The loop starts at this step."""
+        self._step = self._first_step = step
+        self._started = self._last_line = time.monotonic()
+        if self._wanted and sys.stdout.isatty():
+            self._bar = tqdm(total=self._total, initial=step, unit="step", file=sys.stdout)
+
+    def advance(self, steps: int, loss: float, images_per_second: float) -> None:
+        """So many more steps are done; loss of the last one."""
+        self._step += steps
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {images_per_second:.0f} images/s", False)
+            self._bar.update(steps)
+        elif self._wanted and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            pace = (self._last_line - self._started) / (self._step - self._first_step)
+            left = tqdm.format_interval(pace * (self._total - self._step))
+            self.say(
+                f"step {self._step} of {self._total}: loss {loss:.3f}, "
+                f"{images_per_second:.0f} images/s, {left} left"
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

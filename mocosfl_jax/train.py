@@ -1,0 +1,381 @@
+"""The training loop, top to bottom."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import platform
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mocosfl_jax import __version__
+from mocosfl_jax.build import initial_state, partition_of, program_of
+from mocosfl_jax.checkpoint import Checkpoints, Clock
+from mocosfl_jax.config import Config
+from mocosfl_jax.core.dispatch import DispatchOutput, Images, Normalisation, Program, run_dispatch
+from mocosfl_jax.core.state import TrainState, begin_round, end_round
+from mocosfl_jax.data.cohort import CohortSampler
+from mocosfl_jax.data.feed import Dispatch, dispatches, prefetch
+from mocosfl_jax.data.partition import Partition, describe
+from mocosfl_jax.data.sources import Dataset, channel_stats
+from mocosfl_jax.encoder import save_encoder
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.evaluation.protocols import can_evaluate, encode_splits, knn_monitor, probe
+from mocosfl_jax.models.split import Variables
+from mocosfl_jax.plan import plan
+from mocosfl_jax.progress import Progress
+from mocosfl_jax.randomness import Stream, device_key
+from mocosfl_jax.workdir import Metrics, WorkDir, read_json, write_json
+
+Summary = dict[str, Any]
+
+
+class NonFiniteError(ArithmeticError):
+    """Training diverged; the message names the step."""
+
+
+class Interrupted(Exception):  # noqa: N818  # a request, no error
+    """A signal asked the run to stop, and its state is saved."""
+
+
+def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
+    """Carries a resolved config to its end, from where the work directory left off.
+
+    Returns: the summary, which is also written to DIR/summary.json.
+    Raises:
+      InputError: the directory holds a run with another config, or the data cannot give the cohort.
+      NonFiniteError: a loss or parameter is not finite; the last good checkpoint stays.
+      Interrupted: after SIGTERM or SIGINT; the same call resumes.
+    """
+    started = time.monotonic()
+
+    # ------------------------------------------------------------------ what the config means
+    config = with_channel_stats(config, dataset)
+    partition = partition_of(config, dataset)
+    sampler = CohortSampler(partition, config.cohort_size, config.seed)
+    workdir.claim(dataclasses.asdict(config))
+    program = program_of(config)
+    progress = Progress(config)
+    _describe(progress, partition, dataset)
+
+    # ------------------------------------------------------------------------- start or resume
+    checkpoints = Checkpoints(workdir.checkpoints_path, config.keep_checkpoints)
+    state, clock = initial_state(config, program.method), Clock()
+    if checkpoints.latest_step() is not None:
+        state, clock = checkpoints.restore(_abstract(state))
+        progress.say(f"resumed at step {int(state.step)} of {config.total_steps}")
+    step = int(state.step)
+    if step == config.total_steps and workdir.summary_path.exists():
+        checkpoints.close()
+        progress.say("this run is complete")
+        return read_json(workdir.summary_path)
+    metrics = Metrics(workdir, step, config.tensorboard)
+    recorder = Recorder(config, program, metrics, clock, progress)
+    evaluator = Evaluator(config, program, dataset, metrics, progress)
+    wall_before = clock.wall_seconds
+
+    def save(state: TrainState, step: int) -> None:
+        metrics.flush()  # first: what a resume keeps must be on disk
+        clock.wall_seconds = wall_before + time.monotonic() - started
+        checkpoints.save(step, state, clock)
+
+    with contextlib.ExitStack() as cleanup:
+        for open_file in (checkpoints, metrics, progress):
+            cleanup.callback(open_file.close)
+        stop = cleanup.enter_context(stop_requests())
+        if step == 0:
+            clock.knn_top1_at_init = evaluator.knn(state, 0)
+
+        # ------------------------------------------------------------------------------ the loop
+        align = config.align_momentum
+        begin = jax.jit(partial(begin_round, align_momentum=align), donate_argnums=0)
+        end = jax.jit(partial(end_round, align_momentum=align), donate_argnums=0)
+        constants = (
+            Normalisation(jnp.asarray(config.mean), jnp.asarray(config.std)),
+            device_key(config.seed, Stream.AUGMENT),
+        )
+        advance: Callable | None = None
+        progress.start(step)
+        feed = dispatches(config, dataset.train.images, partition, sampler, step)
+        for dispatch in prefetch(feed, _to_device):
+            if dispatch.begins_round:
+                state = begin(state, dispatch.cohort)
+            if advance is None:
+                advance, clock_seconds = compile_dispatch(program, state, dispatch.inputs, *constants)
+                clock.compile_seconds += clock_seconds
+                progress.say(f"compiled in {clock_seconds:.1f} s")
+                recorder.start_lap()
+            state, output = advance(state, dispatch.inputs, *constants)
+            step = dispatch.step + config.steps_per_dispatch
+            if dispatch.ends_round:
+                state = end(state)
+            recorder.push(dispatch, output)  # waits for the dispatch before, while this one runs
+            if stop.requested:
+                recorder.drain()
+                save(state, step)
+                raise Interrupted(f"stopped at step {step} of {config.total_steps}, which is saved")
+            if not dispatch.ends_round:
+                continue
+            rounds = dispatch.round + 1
+            last = rounds == config.rounds
+            if config.knn_every and rounds % config.knn_every == 0 and not last:
+                recorder.drain()
+                evaluator.knn(state, step)
+                recorder.start_lap()
+            if rounds % config.checkpoint_every == 0 or last:
+                recorder.drain()  # raises before anything non-finite is saved
+                save(state, step)
+                save_encoder(workdir.encoder_path, config, variables_of(state))
+                recorder.start_lap()
+
+        # ------------------------------------------------------------------------- at the end
+        results = evaluator.final(state, step)
+        clock.wall_seconds = wall_before + time.monotonic() - started
+        summary = summarize(config, clock, results)
+        write_json(workdir.summary_path, summary)
+    return summary
+
+
+# -------------------------------------------------------------------------------------- checks
+
+
+def with_channel_stats(config: Config, dataset: Dataset) -> Config:
+    """Fills mean and std from the train split where they are unset."""
+    if config.mean is not None and config.std is not None:
+        return config
+    mean, std = channel_stats(dataset.train.images)
+    if config.std is None and min(std) <= 0:
+        raise InputError("config.std", None, "a channel of the train split is constant: set it")
+    return dataclasses.replace(
+        config,
+        mean=config.mean or tuple(float(x) for x in mean),
+        std=config.std or tuple(float(x) for x in std),
+    )
+
+
+# --------------------------------------------------------------------------------------- pieces
+
+
+def variables_of(state: TrainState) -> Variables:
+    """The online network between rounds: the clients' common model and the server's."""
+    return Variables(state.population.params, state.server.params, state.server.stats)
+
+
+def compile_dispatch(
+    program: Program,
+    state: TrainState,
+    inputs: Images,
+    normalisation: Normalisation,
+    augment_key: jax.Array,
+) -> tuple[Callable[..., tuple[TrainState, DispatchOutput]], float]:
+    """The compiled dispatch, which donates the state, and the seconds that tracing and compiling
+    took."""
+    started = time.monotonic()
+    jitted = jax.jit(run_dispatch, static_argnums=0, donate_argnums=1)
+    compiled = jitted.lower(program, state, inputs, normalisation, augment_key).compile()
+    return compiled, time.monotonic() - started
+
+
+class Recorder:
+    """Logs, clocks and checks dispatches, one behind the device so that it never idles."""
+
+    def __init__(
+        self, config: Config, program: Program, metrics: Metrics, clock: Clock, progress: Progress
+    ):
+        self._rows = config.cohort_size * config.batch_size
+        self._rate = lambda step: config.learning_rate * float(program.schedule(step))
+        self._metrics, self._clock, self._progress = metrics, clock, progress
+        self._pending: tuple[Dispatch, DispatchOutput] | None = None
+        self._lap = time.monotonic()
+
+    def start_lap(self) -> None:
+        """Leaves out of the training time what was done since the last dispatch."""
+        self._lap = time.monotonic()
+
+    def push(self, dispatch: Dispatch, output: DispatchOutput) -> None:
+        """Takes note of a running dispatch and settles the one before."""
+        self.drain()
+        self._pending = dispatch, output
+
+    def drain(self) -> None:
+        """Waits for the pending dispatch, checks it and logs its steps.
+
+        Raises: NonFiniteError.
+        """
+        if self._pending is None:
+            return
+        (dispatch, output), self._pending = self._pending, None
+        loss, accuracy = np.asarray(output.loss), np.asarray(output.accuracy)
+        seconds = time.monotonic() - self._lap
+        self.start_lap()
+        check_finite(dispatch.step, loss, bool(output.finite))
+        rows = self._rows * len(loss)
+        self._clock.train_seconds += seconds
+        self._clock.trained_images += rows
+        for index in range(len(loss)):
+            self._metrics.add(
+                dispatch.step + index + 1,
+                round=dispatch.round,
+                loss=float(loss[index]),
+                accuracy=float(accuracy[index]),
+                learning_rate=self._rate(dispatch.step + index),
+                images_per_second=rows / seconds,
+            )
+        self._progress.advance(len(loss), float(loss[-1]), rows / seconds)
+
+
+def check_finite(first_step: int, loss: np.ndarray, finite: bool) -> None:
+    """Raises: NonFiniteError: a loss, or a parameter after the last step, is not finite."""
+    bad = np.flatnonzero(~np.isfinite(loss))
+    if bad.size:
+        raise NonFiniteError(f"the loss of step {first_step + int(bad[0]) + 1} is {loss[bad[0]]}")
+    if not finite:
+        raise NonFiniteError(f"a parameter is not finite after step {first_step + len(loss)}")
+
+
+class Evaluator:
+    """The protocols on the state between rounds; says once why they are skipped, if so."""
+
+    def __init__(
+        self,
+        config: Config,
+        program: Program,
+        dataset: Dataset,
+        metrics: Metrics,
+        progress: Progress,
+    ):
+        self._config, self._dataset = config, dataset
+        self._model = program.method.model
+        self._metrics, self._progress = metrics, progress
+        self._obstacle = can_evaluate(dataset)
+        if self._obstacle:
+            progress.say(f"kNN and linear probe are skipped: {self._obstacle}")
+
+    def knn(self, state: TrainState, step: int) -> float | None:
+        """kNN top-1 in percent, logged; None where it is skipped."""
+        if self._obstacle:
+            return None
+        return self._knn(self._encode(state), step)
+
+    def final(self, state: TrainState, step: int) -> dict[str, float | None]:
+        """kNN and linear probe of the last model, features encoded once."""
+        results: dict[str, float | None] = dict.fromkeys(
+            ("knn_top1", "linear_top1", "linear_top1_best_test_epoch")
+        )
+        if self._obstacle:
+            return results
+        splits = self._encode(state)
+        results["knn_top1"] = self._knn(splits, step)
+        if self._config.probe_epochs:
+            result = probe(self._config, splits, self._dataset)
+            results["linear_top1"] = result.top1_last
+            results["linear_top1_best_test_epoch"] = result.top1_best_test_epoch
+            self._progress.say(f"linear probe {result.top1_last:.2f} %")
+            self._metrics.add(step, linear_top1=result.top1_last)
+        return results
+
+    def _encode(self, state: TrainState):
+        return encode_splits(self._config, self._model, variables_of(state), self._dataset)
+
+    def _knn(self, splits, step: int) -> float:
+        top1 = knn_monitor(self._config, splits, self._dataset)
+        self._metrics.add(step, knn_top1=top1)
+        self._progress.say(f"step {step} of {self._config.total_steps}: kNN {top1:.2f} %")
+        return top1
+
+
+def summarize(config: Config, clock: Clock, results: dict[str, float | None]) -> Summary:
+    """What DIR/summary.json holds; accuracies in percent, sizes in bytes."""
+    sizes = plan(config)
+    pace = clock.trained_images / clock.train_seconds if clock.train_seconds else None
+    return {
+        **results,
+        "knn_top1_at_init": clock.knn_top1_at_init,
+        "steps": config.total_steps,
+        "rounds": config.rounds,
+        "images_per_second": pace,
+        "compile_seconds": clock.compile_seconds,
+        "wall_seconds": clock.wall_seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "num_clients": config.num_clients,
+        "cut": config.cut,
+        "client_params": sizes.client_params,
+        "server_params": sizes.server_params,
+        "bytes_up_per_client_round": sizes.bytes_up_per_client_round,
+        "bytes_down_per_client_round": sizes.bytes_down_per_client_round,
+        "seed": config.seed,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Of the device where it reports it, else the resident size of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(stats.get("peak_bytes_in_use", resident * unit))
+
+
+def versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "mocosfl_jax": __version__,
+        **{name: importlib.metadata.version(name) for name in names},
+        "python": platform.python_version(),
+    }
+
+
+class StopRequest:
+    """requested: whether SIGTERM or SIGINT came."""
+
+    requested = False
+
+    def __call__(self, *_: Any) -> None:
+        self.requested = True
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turns the first SIGTERM or SIGINT into a request; a second one acts as usual."""
+    stop = StopRequest()
+    names = (signal.SIGTERM, signal.SIGINT)
+    before = {name: signal.getsignal(name) for name in names}
+
+    def request(number: int, frame: Any) -> None:
+        stop(number, frame)
+        for name in names:
+            signal.signal(name, before[name])
+
+    for name in names:
+        signal.signal(name, request)
+    try:
+        yield stop
+    finally:
+        for name in names:
+            signal.signal(name, before[name])
+
+
+def _describe(progress: Progress, partition: Partition, dataset: Dataset) -> None:
+    facts = describe(partition, dataset.train.labels, dataset.info.num_classes)
+    progress.say("partition: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+
+
+def _abstract(state: TrainState) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def _to_device(dispatch: Dispatch) -> Dispatch:
+    return dispatch._replace(
+        cohort=jax.device_put(dispatch.cohort), inputs=jax.device_put(dispatch.inputs)
+    )

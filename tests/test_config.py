@@ -1,0 +1,196 @@
+"""Rules of unset fields, checks of set ones, and that every field is read."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+import mocosfl_jax
+from mocosfl_jax.config import EXECUTION_FIELDS, Config, check_types, default_config, resolve
+from mocosfl_jax.data.sources import DatasetInfo
+from mocosfl_jax.errors import InputError
+
+CIFAR10 = DatasetInfo(
+    name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10, labelled=True
+)
+
+
+def resolved(info: DatasetInfo = CIFAR10, **fields) -> Config:
+    config = default_config()
+    config.update(fields)
+    return resolve(check_types(config), info)
+
+
+@pytest.mark.parametrize(
+    ("clients", "cohort", "batch", "steps", "rounds", "syncs"),
+    [  # the paper's rule: 100,000 steps of 100 images whatever the number of clients
+        (5, 5, 20, 500, 200, 10),
+        (20, 20, 5, 500, 200, 10),
+        (50, 50, 2, 500, 200, 10),
+        (100, 100, 1, 500, 200, 10),
+        (200, 100, 1, 250, 400, 5),
+        (1000, 100, 1, 50, 2000, 1),
+    ],
+)
+def test_papers_rule(clients, cohort, batch, steps, rounds, syncs):
+    config = resolved(num_clients=clients)
+    assert (config.cohort_size, config.batch_size) == (cohort, batch)
+    assert (config.steps_per_round, config.rounds, config.syncs_per_round) == (steps, rounds, syncs)
+    assert config.total_steps == 100_000
+
+
+def test_cross_silo_setting_with_sampling():
+    config = resolved(num_clients=20, cohort_size=5, batch_size=20, syncs_per_round=10)
+    assert (config.steps_per_round, config.rounds) == (125, 800)
+    assert config.total_steps == 100_000
+
+
+def test_set_steps_per_round_keeps_the_number_of_epochs():
+    config = resolved(num_clients=100, steps_per_round=50)
+    assert config.rounds == 2000
+
+
+def test_set_fields_are_never_overridden():
+    fields = {
+        "cohort_size": 7,
+        "batch_size": 3,
+        "steps_per_round": 12,
+        "rounds": 5,
+        "syncs_per_round": 4,
+        "blocks_per_stage": (1, 2),
+        "stem": "7x7s2",
+        "head_width": 48,
+        "loss": "client",
+        "client_learning_rate": 0.01,
+        "schedule": "constant",
+        "augmentation": "v1",
+        "blur_kernel_size": 5,
+        "knn_every": 3,
+        "steps_per_dispatch": 6,
+        "checkpoint_every": 2,
+        "image_size": 64,
+    }
+    config = resolved(head="V1", **fields)
+    assert {name: getattr(config, name) for name in fields} == fields
+
+
+def test_head_v1_brings_its_loss_schedule_and_augmentation():
+    config = resolved(head="V1")
+    assert (config.loss, config.schedule, config.augmentation) == ("one_way", "step", "v1")
+    assert config.head_width == 128
+
+
+@pytest.mark.parametrize(
+    ("size", "stem"), [(32, "3x3s1"), (64, "3x3s2"), (96, "3x3s1"), (224, "7x7s2")]
+)
+def test_stem_by_image_size(size, stem):
+    assert resolved(image_size=size).stem == stem
+
+
+@pytest.mark.parametrize(("steps", "syncs"), [(500, 10), (7, 3), (5, 5), (9, 1), (5, 4)])
+def test_syncs_are_as_many_as_asked_and_the_last_ends_the_round(steps, syncs):
+    config = resolved(steps_per_round=steps, syncs_per_round=syncs, rounds=1)
+    assert len(config.sync_steps) == steps
+    assert sum(config.sync_steps) == syncs
+    assert config.sync_steps[-1]
+
+
+def test_every_field_is_resolved():
+    optional = {
+        "data_dir",
+        "train_split",
+        "test_split",
+        "mean",
+        "std",
+        "classes_per_client",
+        "dirichlet_alpha",
+    }
+    unset = {name for name, value in vars(resolved()).items() if value is None}
+    assert unset == optional
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("cut", {"cut": 10}),
+        ("cut", {"cut": 0}),
+        ("num_clients", {"num_clients": 50_001}),
+        ("cohort_size", {"num_clients": 10, "cohort_size": 11}),
+        ("classes_per_client", {"classes_per_client": 11}),
+        ("classes_per_client", {"num_clients": 20_000, "classes_per_client": 5}),
+        ("dirichlet_alpha", {"dirichlet_alpha": 0.0}),
+        ("dirichlet_alpha", {"dirichlet_alpha": 0.5, "classes_per_client": 2}),
+        ("queue_length", {"queue_length": 199}),
+        ("queue_length", {"queue_length": 199, "feature_sharing": False}),
+        ("queue_length", {"queue_length": 99, "loss": "one_way"}),
+        ("syncs_per_round", {"steps_per_round": 5, "syncs_per_round": 6, "rounds": 1}),
+        ("steps_per_dispatch", {"steps_per_round": 10, "steps_per_dispatch": 4, "rounds": 1}),
+        ("backbone", {"backbone": "resnet19"}),
+        ("head", {"head": "v2"}),
+        ("loss", {"loss": "both"}),
+        ("bottleneck", {"bottleneck": "C4S3"}),
+        ("bottleneck", {"bottleneck": "C4S4", "image_size": 30}),
+        ("width", {"width": 30}),
+        ("ema", {"ema": 1.0}),
+        ("temperature", {"temperature": 0.0}),
+        ("learning_rate", {"learning_rate": -1.0}),
+        ("learning_rate", {"learning_rate": float("nan")}),
+        ("blocks_per_stage", {"blocks_per_stage": (1, 0)}),
+        ("crop_min_scale", {"crop_min_scale": 1.5}),
+        ("blur_kernel_size", {"blur_kernel_size": 8}),
+        ("mean", {"mean": (0.5, 0.5)}),
+        ("std", {"std": (0.5, 0.0, 0.5)}),
+        ("knn_temperature", {"knn_temperature": 0.001}),
+    ],
+)
+def test_a_value_that_cannot_hold_is_named(field, fields):
+    with pytest.raises(InputError, match=rf"config\.{field} = "):
+        resolved(**fields)
+
+
+def test_unlabelled_images_can_only_be_iid():
+    unlabelled = dataclasses.replace(CIFAR10, num_classes=None, labelled=False)
+    assert resolved(unlabelled).num_clients == 100
+    with pytest.raises(InputError, match=r"config\.classes_per_client = 2"):
+        resolved(unlabelled, classes_per_client=2)
+
+
+def test_unknown_fields_and_wrong_types_are_named():
+    config = ConfigDict(default_config().to_dict())
+    config.num_client = 5
+    with pytest.raises(InputError, match=r"config\.num_client = 5"):
+        check_types(config)
+    config = ConfigDict(default_config().to_dict())
+    config.cut = "one"
+    with pytest.raises(InputError, match=r"config\.cut = 'one'"):
+        check_types(config)
+
+
+def test_execution_fields_are_fields():
+    assert {field.name for field in dataclasses.fields(Config)} >= EXECUTION_FIELDS
+
+
+def test_every_field_is_read():
+    """Each field is an attribute read from a config somewhere in the package."""
+    package = Path(mocosfl_jax.__file__).parent
+    read = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and "config" in ast.unparse(node.value):
+                read.add(node.attr)
+    unread = {field.name for field in dataclasses.fields(Config)} - read
+    assert not unread
+
+
+def test_every_field_is_documented():
+    """A comment stands above each field, or above the group that it ends."""
+    source = Path(mocosfl_jax.__file__).with_name("config.py").read_text()
+    lines = source.splitlines()
+    for field in dataclasses.fields(Config):
+        index = next(i for i, line in enumerate(lines) if line.startswith(f"    {field.name}: "))
+        above = index - 1
+        while lines[above].startswith("    ") and not lines[above].lstrip().startswith("#"):
+            above -= 1
+        assert lines[above].lstrip().startswith("#"), field.name

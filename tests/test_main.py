@@ -1,0 +1,111 @@
+"""The command line: bad input gives one line on stderr and exit status 2, before anything runs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mocosfl_jax.main import main
+from tests import tiny
+
+CONFIG = str(Path(__file__).parent.parent / "configs" / "cifar10.py")
+
+
+@pytest.fixture
+def npz(tmp_path) -> Path:
+    return tiny.write_npz(tmp_path / "images.npz")
+
+
+def command(npz: Path, *overrides: str) -> list[str]:
+    return [
+        *("main", "--config", CONFIG, "--workdir", str(npz.parent / "run")),
+        *tiny.flags(npz),
+        *overrides,
+    ]
+
+
+def refused(capsys, argv: list[str]) -> str:
+    """The one line with which a command is refused."""
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.no_such_field=1", ["no_such_field"]),
+        ("--config.num_clients=many", ["num_clients", "many"]),
+        ("--config.dataset=cifar11", ["config.dataset", "cifar11"]),
+        ("--config.dataset=npz:/nowhere.npz", ["/nowhere.npz"]),
+        ("--config.dataset=folder:/nowhere", ["/nowhere"]),
+        ("--config.num_clients=61", ["config.num_clients", "61", "60"]),
+        ("--config.classes_per_client=4", ["config.classes_per_client", "4", "3 classes"]),
+        ("--config.cut=9", ["config.cut", "9", "1 to 3"]),
+        ("--config.queue_length=23", ["config.queue_length", "23", "24"]),
+        ("--config.cohort_size=5", ["config.cohort_size", "5", "1 to 4"]),
+        ("--config.learning_rate=fast", ["learning_rate", "fast"]),
+        ("--no_such_flag=1", ["no_such_flag"]),
+        ("stray", ["stray"]),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(capsys, npz, override, words):
+    line = refused(capsys, command(npz, override))
+    for word in words:
+        assert word in line
+    assert not (npz.parent / "run").exists()
+
+
+def test_a_data_set_that_is_not_prepared_comes_with_the_command(capsys, npz, tmp_path):
+    argv = command(npz, "--config.dataset=cifar10", f"--config.data_dir={tmp_path}")
+    line = refused(capsys, argv)
+    assert "config.dataset" in line
+    assert "download_and_prepare" in line
+
+
+def test_missing_config_and_workdir(capsys):
+    assert "--config" in refused(capsys, ["main", "--workdir", "x"])
+    assert "--workdir" in refused(capsys, ["main", "--config", CONFIG])
+    assert "nowhere.py" in refused(capsys, ["main", "--config", "nowhere.py", "--workdir", "x"])
+
+
+def test_a_folder_that_cannot_be_written(capsys, npz):
+    (npz.parent / "run").write_text("a file, no folder")
+    assert "--workdir" in refused(capsys, command(npz))
+
+
+def test_a_folder_with_a_broken_image(capsys, npz, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(4):
+            pixels = np.full((9, 9, 3), 20 * index, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{index}.png")
+    broken = tmp_path / "pictures" / "a" / "2.png"
+    broken.write_bytes(b"no image")
+    argv = command(npz, f"--config.dataset=folder:{tmp_path / 'pictures'}", "--config.image_size=8")
+    assert str(broken) in refused(capsys, argv)
+
+
+def test_an_npz_with_wrong_shapes(capsys, npz, tmp_path):
+    np.savez(tmp_path / "bad.npz", x_train=np.zeros((4, 8, 8, 2), np.uint8))
+    line = refused(capsys, command(npz, f"--config.dataset=npz:{tmp_path / 'bad.npz'}"))
+    assert "bad.npz" in line
+    assert "(4, 8, 8, 2)" in line
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(capsys, npz):
+    assert main(command(npz, "--dry_run")) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "queue_length: 32",
+        "cohort C = 4, images a client a step B = 3",
+        "3 rounds of 6 steps = 18 steps",
+        "2 syncs a round",
+        "client parameters: 116",
+        "estimated memory",
+    ):
+        assert text in out
+    assert not (npz.parent / "run").exists()

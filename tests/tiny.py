@@ -1,0 +1,65 @@
+"""A run small enough for tests: 8x8 images in an npz, a network of two blocks, four clients."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mocosfl_jax.config import Config, check_types, default_config, resolve
+from mocosfl_jax.data.sources import Dataset, inspect_dataset, load_dataset
+
+FIELDS = {
+    "num_clients": 4,
+    "classes_per_client": 2,
+    "batch_size": 3,
+    "steps_per_round": 6,
+    "rounds": 3,
+    "syncs_per_round": 2,
+    "steps_per_dispatch": 3,
+    "width": 4,
+    "blocks_per_stage": (1, 1),
+    "head_width": 8,
+    "queue_length": 32,
+    "knn_every": 1,
+    "knn_k": 5,
+    "checkpoint_every": 1,
+    "probe_epochs": 2,
+    "eval_batch_size": 16,
+    "tensorboard": False,
+    "progress": False,
+}
+
+
+def write_npz(path: Path, train: int = 60, test: int = 20) -> Path:
+    """Random 8x8 RGB images of 3 classes, whose brightness tells the class."""
+    rng = np.random.default_rng(1)
+    arrays = {}
+    for split, number in (("train", train), ("test", test)):
+        labels = np.arange(number) % 3
+        noise = rng.integers(0, 128, (number, 8, 8, 3))
+        arrays[f"x_{split}"] = (noise + 40 * labels[:, None, None, None]).astype(np.uint8)
+        arrays[f"y_{split}"] = labels
+    np.savez(path, **arrays)
+    return path
+
+
+def flags(npz: Path, **fields) -> list[str]:
+    """The tiny setting as command-line overrides of any config file."""
+    values = {"dataset": f"npz:{npz}", **FIELDS, **fields}
+    return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+def load(npz: Path, **fields) -> tuple[Config, Dataset]:
+    """Resolved config and data."""
+    raw = default_config()
+    raw.update({"dataset": f"npz:{npz}", **FIELDS, **fields})
+    config = check_types(raw)
+    source = {
+        "data_dir": config.data_dir,
+        "train_split": config.train_split,
+        "test_split": config.test_split,
+        "image_size": config.image_size,
+        "holdout_fraction": config.holdout_fraction,
+        "seed": config.seed,
+    }
+    resolved = resolve(config, inspect_dataset(config.dataset, **source))
+    return resolved, load_dataset(config.dataset, **source)
