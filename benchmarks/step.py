@@ -2,9 +2,9 @@
 
     python -m benchmarks.step [--repeats 3] [--cuts 1,2] [--json FILE]
 
-Paper's queue, head and loss; total batch 100. Every variant is compiled first; then the variants take
-turns, `repeats` times, and medians are reported, so that a change of the machine's pace meets all of
-them. Printed for each cut: seconds a step with 100 clients of one image and with one client of 100
+Paper's queue, head and loss; total batch 100. Every variant is compiled first; then the variants
+take turns, `repeats` times, and medians are reported, so that a change of the machine's pace meets
+all of them. Printed for each cut: seconds a step with 100 clients of one image and with one client of 100
 images, and their ratio (the overhead of the federation); the share of augmentation; a step alone
 against a step inside a scan; FLOP/s by formula over the peak of a large matrix product measured in
 the same turns; compile seconds.
@@ -29,11 +29,11 @@ from mocosfl_jax.config import Config, check_types, default_config, resolve
 from mocosfl_jax.core.dispatch import Images, Normalisation, Program, run_dispatch
 from mocosfl_jax.core.step import Batch, Rates, train_step
 from mocosfl_jax.data.augment import two_views
-from mocosfl_jax.data.sources import DatasetInfo
+from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.models.resnet import STEMS
 
 CIFAR10 = DatasetInfo(
-    name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10, labelled=True
+    name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10
 )
 PEAK_SIZE = 4096
 SCAN_STEPS = 2
@@ -52,7 +52,7 @@ def setting(**fields: Any) -> Config:
 
 
 def unit_products(config: Config) -> list[int]:
-    """Multiply-adds of the convolutions of each unit of a basic-block ResNet, one image, forward."""
+    """Multiply-adds of each unit's convolutions, basic-block ResNet, one image, forward."""
     stem = STEMS[config.stem]
     size = math.ceil(config.image_size / stem.stride)
     units = [size**2 * stem.kernel_size**2 * 3 * config.width]
@@ -185,8 +185,7 @@ def measure(cut: int, repeats: int, **fields: Any) -> dict[str, Any]:
         "federation_overhead": seconds["step_100_clients"] / seconds["step_1_client"],
         "augmentation_share": seconds["augmentation"] / scanned,
         "seconds_a_step_in_scan_with_augmentation": scanned,
-        "scanned_over_alone": scanned
-        / (seconds["step_100_clients"] + seconds["augmentation"]),
+        "scanned_over_alone": scanned / (seconds["step_100_clients"] + seconds["augmentation"]),
         "gflop_a_step": flops / 1e9,
         "peak_gflops_a_second": peak / 1e9,
         "fraction_of_peak": flops / seconds["step_100_clients"] / peak,

@@ -11,7 +11,7 @@ from mocosfl_jax.core.state import TrainState, create_state
 from mocosfl_jax.core.step import Method
 from mocosfl_jax.data.augment import AugmentConfig
 from mocosfl_jax.data.partition import Partition, by_classes, dirichlet, iid
-from mocosfl_jax.data.sources import Dataset
+from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.models.split import SplitModel, build_model
 from mocosfl_jax.randomness import Stream, device_key
 

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from mocosfl_jax.core.step import LOSSES
-from mocosfl_jax.data.sources import DatasetInfo
+from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.models.bottleneck import BottleneckShape, parse_bottleneck
 from mocosfl_jax.models.heads import HEADS
@@ -40,8 +40,8 @@ class Config:
     train_split: str | None = None
     # TFDS split to test on. Rule: `test`, or `validation` where there is none.
     test_split: str | None = None
-    # Side of the square that images are stored and trained at, pixels. Rule: the data set's own; a
-    # folder has none, so it must be set there.
+    # Side of the square that images are stored and trained at, pixels. Rule: the data set's own;
+    # a folder has none, so it must be set there.
     image_size: int = RULE
     # Part of a folder or npz that is held out as a test set where it brings none, in [0, 1).
     holdout_fraction: float = 0.1
@@ -70,11 +70,11 @@ class Config:
     epochs: int = 200
     # Steps in a round, the same for every client. Rule: images // (N * B), at least 1.
     steps_per_round: int = RULE
-    # Rounds. Rule: epochs * N / C, so that total work does not depend on the cohort; epochs * images
-    # / (steps_per_round * C * B) where steps_per_round is set.
+    # Rounds. Rule: epochs * N / C, so that total work does not depend on the cohort; epochs *
+    # images / (steps_per_round * C * B) where steps_per_round is set.
     rounds: int = RULE
-    # Averagings of the client models a round, the last at its end. Rule: 1000 // (B * N), at least 1
-    # and at most steps_per_round (paper, appendix).
+    # Averagings of the client models a round, the last at its end. Rule: 1000 // (B * N), at least
+    # 1 and at most steps_per_round (paper, appendix).
     syncs_per_round: int = RULE
     # Weights of a sync: `equal`, or `size` for the number of a client's images.
     sync_weights: str = "equal"
@@ -86,13 +86,13 @@ class Config:
     width: int = 64
     # Residual blocks of each stage, e.g. (1, 1, 1, 1) for a shallow member. Rule: the backbone's.
     blocks_per_stage: tuple[int, ...] = RULE
-    # First convolution: `3x3s1`, `3x3s2`, `7x7s2` (kernel and stride). Rule, by image_size: 3x3s2 at
-    # 64, 7x7s2 from 128 on, else 3x3s1.
+    # First convolution: `3x3s1`, `3x3s2`, `7x7s2` (kernel and stride). Rule, by image_size: 3x3s2
+    # at 64, 7x7s2 from 128 on, else 3x3s1.
     stem: str = RULE
     # Units on the client, 1 (the stem; MocoSFL-1) to all of them; 2 is the paper's MocoSFL-3.
     cut: int = 1
-    # Pair of convolutions that narrows the transmitted latents: `C{channels}S{stride}` with stride 1,
-    # 2 or 4, or `none`.
+    # Pair of convolutions that narrows the transmitted latents: `C{channels}S{stride}` with stride
+    # 1, 2 or 4, or `none`.
     bottleneck: str = "none"
     # Projection head: `V1`, `smallV2`, `V2`, `largeV2`.
     head: str = "V2"
@@ -102,8 +102,9 @@ class Config:
     compute_dtype: str = "float32"
 
     # -------------------------------------------------------------------------- contrastive loss
-    # `one_way`, `server` (the public code: the swapped direction trains the server only) or `client`
-    # (MonAcoSFL: both views through both client models). Rule: `one_way` for head V1, else `server`.
+    # `one_way`, `server` (the public code: the swapped direction trains the server only) or
+    # `client` (MonAcoSFL: both views through both client models). Rule: `one_way` for head V1, else
+    # `server`.
     loss: str = RULE
     # True: one queue shared by all clients. False: private queues, queue_length // N rows each.
     feature_sharing: bool = True
@@ -134,8 +135,8 @@ class Config:
     augmentation: str = RULE
     # Smallest part of an image's area that a crop keeps, in (0, 1].
     crop_min_scale: float = 0.08
-    # Side of the blur kernel, odd, pixels. Rule: a tenth of image_size, at least 9 (two deviations of
-    # the widest blur to each side).
+    # Side of the blur kernel, odd, pixels. Rule: a tenth of image_size, at least 9 (two deviations
+    # of the widest blur to each side).
     blur_kernel_size: int = RULE
 
     # -------------------------------------------------------------------------------- evaluation
@@ -230,7 +231,9 @@ def check_types(raw: ConfigDict) -> Config:
     known = {field.name for field in dataclasses.fields(Config)}
     for name in raw:
         if name not in known:
-            raise InputError(f"config.{name}", raw[name], "no such field; see mocosfl_jax/config.py")
+            raise InputError(
+                f"config.{name}", raw[name], "no such field; see mocosfl_jax/config.py"
+            )
     values = {name: raw[name] for name in raw if raw[name] is not None}
     for name, value in values.items():
         kind = _basic_type(name)
@@ -402,7 +405,9 @@ def _check_ranges(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     if config.width % CHANNELS_PER_GROUP:
-        raise InputError("config.width", config.width, f"a multiple of {CHANNELS_PER_GROUP} is needed")
+        raise InputError(
+            "config.width", config.width, f"a multiple of {CHANNELS_PER_GROUP} is needed"
+        )
     blocks = config.blocks_per_stage or ARCHITECTURES[config.backbone].blocks_per_stage
     units = 1 + sum(blocks)
     if config.cut > units:
@@ -432,7 +437,9 @@ def _check_clients(config: Config, info: DatasetInfo) -> None:
     for name in ("classes_per_client", "dirichlet_alpha"):
         value = getattr(config, name)
         if value is not None and info.num_classes is None:
-            raise InputError(f"config.{name}", value, "images without labels can only be IID: unset")
+            raise InputError(
+                f"config.{name}", value, "images without labels can only be IID: unset"
+            )
     classes = config.classes_per_client
     if classes is not None and info.num_classes is not None and classes > info.num_classes:
         raise InputError(
@@ -464,13 +471,10 @@ def _check_latents(config: Config) -> None:
     shape = config.bottleneck_shape
     if shape is None:
         return
-    stages = 0
-    for stage, blocks in enumerate(config.blocks_per_stage):
-        if config.cut > 1 + sum(config.blocks_per_stage[:stage]):
-            stages = stage
     size = math.ceil(config.image_size / STEMS[config.stem].stride)
-    for _ in range(stages):
-        size = math.ceil(size / 2)
+    for stage in range(1, len(config.blocks_per_stage)):
+        if config.cut > 1 + sum(config.blocks_per_stage[:stage]):  # the stage's first block halves
+            size = math.ceil(size / 2)
     if size % shape.stride:
         raise InputError(
             "config.bottleneck",

@@ -15,7 +15,7 @@ from mocosfl_jax.build import model_of
 from mocosfl_jax.config import Config
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.features import encode
-from mocosfl_jax.data.sources import square_rgb
+from mocosfl_jax.data.pixels import square_rgb
 from mocosfl_jax.models.split import Encoded, Params, SplitModel, Variables
 
 FILE_NAME = "encoder.safetensors"
@@ -75,7 +75,8 @@ def save_encoder(path: Path, config: Config, variables: Variables) -> None:
     metadata, the resolved config as JSON."""
     leaves = jax.tree_util.tree_flatten_with_path(variables._asdict())[0]
     tensors = {
-        _SEPARATOR.join(key.key for key in keys): np.ascontiguousarray(leaf) for keys, leaf in leaves
+        _SEPARATOR.join(key.key for key in keys): np.ascontiguousarray(leaf)
+        for keys, leaf in leaves
     }
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, {"config": json.dumps(dataclasses.asdict(config))})

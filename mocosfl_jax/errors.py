@@ -9,5 +9,5 @@ class InputError(ValueError):
     """
 
     def __init__(self, where: str, value: object, allowed: str):
-        """Args: where: config field (`config.cut`) or path; value: what was found; allowed: what is."""
+        """Args: where: config field (`config.cut`) or file; value: as found; allowed: what is."""
         super().__init__(f"{where} = {value!r}: {allowed}".replace("\n", " "))

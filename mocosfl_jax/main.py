@@ -22,7 +22,9 @@ def define_flags() -> flags.FlagValues:
     config_flags.DEFINE_config_file(
         "config", None, "Config file, for example configs/quickstart.py.", flag_values=values
     )
-    flags.DEFINE_string("workdir", None, "Folder of the run; the same one resumes.", flag_values=values)
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run; the same one resumes.", flag_values=values
+    )
     flags.DEFINE_bool("dry_run", False, "Print what would run, and stop.", flag_values=values)
     flags.DEFINE_bool("help", False, "Print this help.", short_name="h", flag_values=values)
     return values
@@ -50,7 +52,9 @@ def _parse(values: flags.FlagValues, argv: list[str]):
     try:
         rest = values(argv)
     except (flags.Error, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
-        raise InputError("command line", " ".join(argv[1:]), str(error) or "not understood") from None
+        raise InputError(
+            "command line", " ".join(argv[1:]), str(error) or "not understood"
+        ) from None
     if len(rest) > 1:
         raise InputError("command line", rest[1], "options start with --")
     if values.help:

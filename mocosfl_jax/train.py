@@ -25,7 +25,7 @@ from mocosfl_jax.core.state import TrainState, begin_round, end_round
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.feed import Dispatch, dispatches, prefetch
 from mocosfl_jax.data.partition import Partition, describe
-from mocosfl_jax.data.sources import Dataset, channel_stats
+from mocosfl_jax.data.dataset import Dataset, channel_stats
 from mocosfl_jax.encoder import save_encoder
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.protocols import can_evaluate, encode_splits, knn_monitor, probe
@@ -109,7 +109,9 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
             if dispatch.begins_round:
                 state = begin(state, dispatch.cohort)
             if advance is None:
-                advance, clock_seconds = compile_dispatch(program, state, dispatch.inputs, *constants)
+                advance, clock_seconds = compile_dispatch(
+                    program, state, dispatch.inputs, *constants
+                )
                 clock.compile_seconds += clock_seconds
                 progress.say(f"compiled in {clock_seconds:.1f} s")
                 recorder.start_lap()

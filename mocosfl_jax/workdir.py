@@ -31,7 +31,9 @@ class WorkDir:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise InputError("--workdir", str(self.path), f"cannot be written: {error.strerror}") from None
+            raise InputError(
+                "--workdir", str(self.path), f"cannot be written: {error.strerror}"
+            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends
         except OSError:
@@ -69,7 +71,7 @@ class Metrics:
     """
 
     def __init__(self, workdir: WorkDir, step: int, tensorboard: bool):
-        """Cuts the file back to `step`, the position of the checkpoint that the run resumes from."""
+        """Cuts the file back to `step`, that of the checkpoint from which the run resumes."""
         path = workdir.metrics_path
         kept = _lines_up_to(path, step) if step else []
         self._last: dict[str, Any] = kept.pop() if kept else {}
@@ -114,7 +116,7 @@ class Metrics:
 
 
 def _lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a metrics file up to a step; without the line that a killed process left torn."""
+    """The lines of a metrics file up to a step, without one that a killed process left torn."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -57,7 +57,9 @@ def named_variables(model: SplitModel) -> tuple[Params, Params, Params]:
     def named(side: str, tree: Params) -> Params:
         def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
             name = "/".join(key.key for key in path)
-            return jnp.asarray(parameter(name.replace("bottleneck/", f"bottleneck/{side}/"), x.shape))
+            return jnp.asarray(
+                parameter(name.replace("bottleneck/", f"bottleneck/{side}/"), x.shape)
+            )
 
         return jax.tree_util.tree_map_with_path(leaf, tree)
 
@@ -211,7 +213,9 @@ def queue_by_id(state: TrainState) -> Queue:
     if state.queue is not None:
         return state.queue
     return jax.tree.map(
-        lambda rows, new: rows.at[state.cohort_ids].set(new), state.population.queue, state.cohort.queue
+        lambda rows, new: rows.at[state.cohort_ids].set(new),
+        state.population.queue,
+        state.cohort.queue,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def normal(name: str, shape: tuple[int, ...], scale: float = 1.0) -> np.ndarray:
-    """float32 standard normal draws times `scale`, from PCG64 seeded with the CRC-32 of the name."""
+    """float32 normal draws times `scale`, from PCG64 seeded with the CRC-32 of the name."""
     generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
     return (scale * generator.standard_normal(shape)).astype(np.float32)
 

@@ -9,11 +9,11 @@ from ml_collections import ConfigDict
 
 import mocosfl_jax
 from mocosfl_jax.config import EXECUTION_FIELDS, Config, check_types, default_config, resolve
-from mocosfl_jax.data.sources import DatasetInfo
+from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
 
 CIFAR10 = DatasetInfo(
-    name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10, labelled=True
+    name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10
 )
 
 
@@ -151,7 +151,7 @@ def test_a_value_that_cannot_hold_is_named(field, fields):
 
 
 def test_unlabelled_images_can_only_be_iid():
-    unlabelled = dataclasses.replace(CIFAR10, num_classes=None, labelled=False)
+    unlabelled = dataclasses.replace(CIFAR10, num_classes=None)
     assert resolved(unlabelled).num_clients == 100
     with pytest.raises(InputError, match=r"config\.classes_per_client = 2"):
         resolved(unlabelled, classes_per_client=2)
@@ -162,8 +162,7 @@ def test_unknown_fields_and_wrong_types_are_named():
     config.num_client = 5
     with pytest.raises(InputError, match=r"config\.num_client = 5"):
         check_types(config)
-    config = ConfigDict(default_config().to_dict())
-    config.cut = "one"
+    config = ConfigDict({**default_config().to_dict(), "cut": "one"})
     with pytest.raises(InputError, match=r"config\.cut = 'one'"):
         check_types(config)
 

@@ -28,7 +28,7 @@ def command(npz: Path, *overrides: str) -> list[str]:
 def refused(capsys, argv: list[str]) -> str:
     """The one line with which a command is refused."""
     assert main(argv) == 2
-    out, err = capsys.readouterr()
+    _, err = capsys.readouterr()
     assert len(err.splitlines()) == 1, err
     assert "Traceback" not in err
     return err

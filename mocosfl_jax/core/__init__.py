@@ -1,0 +1,1 @@
+"""The method as pure functions: arrays and keys in, arrays out."""

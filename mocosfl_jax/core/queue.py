@@ -1,4 +1,4 @@
-"""The feature memory: a ring buffer of keys that lives in the train state (MocoSFL, section 3.1)."""
+"""The feature memory: a ring buffer of keys in the train state (MocoSFL, section 3.1)."""
 
 import flax.struct
 import jax

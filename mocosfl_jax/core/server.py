@@ -19,8 +19,8 @@ class Embedded(NamedTuple):
 class ServerLoss(NamedTuple):
     """Sums over this device's rows; divide by the weight of all devices.
 
-    loss: weighted sum over rows, all views added. correct: rows of the last view whose positive wins.
-    stats: head statistics of the online model.
+    loss: sum over rows that count, all views added. correct: rows of the last view whose positive
+    wins. stats: head statistics of the online model.
     """
 
     loss: jax.Array
@@ -37,8 +37,8 @@ def embed_views(
 ) -> Embedded:
     """Unit embeddings of each view's latents (R, h, w, c).
 
-    All views pass the backbone in one batch (GroupNorm keeps rows apart) and the head one by one, as
-    a BatchNorm head normalises each view by itself.
+    All views pass the backbone in one batch (GroupNorm keeps rows apart) and the head one by one,
+    as a BatchNorm head normalises each view by itself.
     """
     features = model.features(params, jnp.concatenate(views))
     unit = []
@@ -73,7 +73,9 @@ def contrast(
     total = jnp.zeros(())
     correct = jnp.zeros(())
     for query_RD, key_RD in zip(embedded.unit, keys, strict=True):
-        rows = grouped(split_groups(query_RD, groups), split_groups(key_RD, groups), queue_GKD, temperature)
+        rows = grouped(
+            split_groups(query_RD, groups), split_groups(key_RD, groups), queue_GKD, temperature
+        )
         total += jnp.sum(jnp.where(mask_R, rows.loss.reshape(-1), 0.0))
         correct = jnp.sum(jnp.where(mask_R, rows.correct.reshape(-1), False).astype(jnp.float32))
     return ServerLoss(total, correct, embedded.stats)

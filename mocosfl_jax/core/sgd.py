@@ -1,7 +1,7 @@
 """SGD with momentum whose rate comes from the global step.
 
-Only buffers are optimiser state. A step counter inside it would lag behind for clients that were not
-drawn, so the rate is an argument (the public code's client schedule goes astray on this point).
+Only buffers are optimiser state. A step counter inside it would lag behind for clients that were
+not drawn, so the rate is an argument.
 """
 
 from typing import TypeVar

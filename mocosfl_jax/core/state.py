@@ -121,7 +121,7 @@ def create_state(
 
 
 def _gather(population: Population, ids_C: jax.Array, align_momentum: bool) -> ClientState:
-    """The cohort's state at a round's start; padding slots get some client's, never written back."""
+    """The cohort's state at a round's start; padding slots get some client's, for nothing."""
 
     def take(tree: Any) -> Any:
         return jax.tree.map(lambda x: jnp.take(x, ids_C, axis=0, mode="clip"), tree)
@@ -140,9 +140,7 @@ def begin_round(state: TrainState, ids_C: jax.Array, align_momentum: bool) -> Tr
 
     Args: ids_C: (C,) int32, distinct client ids; N marks a padding slot (never the first).
     """
-    return state.replace(
-        cohort_ids=ids_C, cohort=_gather(state.population, ids_C, align_momentum)
-    )
+    return state.replace(cohort_ids=ids_C, cohort=_gather(state.population, ids_C, align_momentum))
 
 
 def end_round(state: TrainState, align_momentum: bool) -> TrainState:

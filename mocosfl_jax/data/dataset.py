@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.randomness import Stream, host_rng
+
+Integer = TypeVar("Integer", bound=np.integer)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ def contiguous_labels(
     Raises:
         InputError: some labels are negative, or a test label does not occur in `train`.
     """
-    train, test = known_labels(train, f"{where} train labels"), known_labels(test, f"{where} test labels")
+    train, test = (
+        known_labels(train, f"{where} train labels"),
+        known_labels(test, f"{where} test labels"),
+    )
     if train is None:
         return Labels(None, None, None, None)
     classes = np.unique(train)
@@ -111,9 +116,7 @@ def contiguous_labels(
     )
 
 
-def known_labels(
-    labels: NDArray[np.integer] | None, where: str
-) -> NDArray[np.integer] | None:
+def known_labels(labels: NDArray[Integer] | None, where: str) -> NDArray[Integer] | None:
     """The labels, or None if all are negative, as TFDS marks images without a label.
 
     Raises: InputError: some are negative.

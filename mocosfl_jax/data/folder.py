@@ -110,7 +110,9 @@ def _list(root: Path) -> _Files:
     if loose:
         return _Files(loose, None, None)
     if not folders:
-        raise InputError(str(root), "no images", "images, or a folder of images a class, are needed")
+        raise InputError(
+            str(root), "no images", "images, or a folder of images a class, are needed"
+        )
     paths: list[Path] = []
     counts = []
     for folder in folders:

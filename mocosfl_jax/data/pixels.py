@@ -47,7 +47,9 @@ def square_arrays(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
         return np.array(np.broadcast_to(images, (*images.shape[:3], 3)))
     out = np.empty((len(images), size, size, 3), np.uint8)
     for target, image in zip(out, images, strict=True):
-        target[...] = square_rgb(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size)
+        target[...] = square_rgb(
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size
+        )
     return out
 
 

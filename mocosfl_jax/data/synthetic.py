@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mocosfl_jax.data.dataset import Dataset, DatasetInfo, Prepared, Request, Split
 from mocosfl_jax.randomness import Stream, host_rng
 
 NUM_TRAIN = 10_000
@@ -40,6 +41,18 @@ _SEED = 0  # of the data set, not of a run
 _LATTICE = 8  # cells of the lattice each way; it repeats beyond, outside of the image
 _COLOUR_GRID = 4  # knots of the colour field each way
 _BATCH = 100  # images drawn at once: their arrays fit the cache
+
+
+def prepare(request: Request) -> Prepared:
+    """The data set at `image_size`, or at 32 pixels."""
+    size = request.image_size or SIZE
+    info = DatasetInfo(request.dataset, NUM_TRAIN, NUM_TEST, size, len(CLASS_NAMES))
+
+    def load() -> Dataset:
+        train, test = (Split(*synthetic_split(name, size)) for name in ("train", "test"))
+        return Dataset(train, test, CLASS_NAMES, info)
+
+    return Prepared(info, load)
 
 
 def synthetic_split(split: str, size: int = SIZE) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:

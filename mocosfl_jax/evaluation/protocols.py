@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from mocosfl_jax.config import Config
-from mocosfl_jax.data.sources import Dataset
+from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.evaluation.knn import knn_top1
 from mocosfl_jax.evaluation.linear_probe import Labelled, ProbeResult, linear_probe

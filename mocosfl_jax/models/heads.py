@@ -37,6 +37,49 @@ HEADS = {
 }
 
 
+class MaskedBatchNorm(nn.Module):
+    """BatchNorm (Ioffe & Szegedy 2015) whose statistics are those of the rows that count.
+
+    Epsilon is 1e-5. Running statistics move by 0.1 towards the mean and the unbiased variance of
+    the batch, as in PyTorch.
+
+    Attributes: axis_name: mesh axis over which the rows of a batch are spread, or None; devices may
+    hold different numbers of rows that count.
+    """
+
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x_RF: jax.Array, mask_R: jax.Array, train: bool) -> jax.Array:
+        """Normalised rows (R, F), float32 like the input."""
+        shape = x_RF.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        mean_F, var_F = running_mean.value, running_var.value
+        if train:
+            count, mean_F, var_F = self._moments(x_RF, mask_R)
+            unbiased_F = var_F * (count / jnp.maximum(count - 1, 1))
+            running_mean.value = 0.9 * running_mean.value + 0.1 * mean_F
+            running_var.value = 0.9 * running_var.value + 0.1 * unbiased_F
+        factor_F = scale * jax.lax.rsqrt(var_F + 1e-5)
+        return (x_RF - mean_F[None]) * factor_F[None] + bias[None]
+
+    def _moments(
+        self, x_RF: jax.Array, mask_R: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Number () of rows that count on all devices, their mean (F,) and biased variance (F,)."""
+
+        def total(x_RF: jax.Array) -> jax.Array:
+            summed = jnp.sum(x_RF, axis=0, where=mask_R[:, None])
+            return summed if self.axis_name is None else jax.lax.psum(summed, self.axis_name)
+
+        count = total(jnp.ones_like(x_RF[:, :1]))[0]
+        mean_F = total(x_RF) / count
+        return count, mean_F, total(jnp.square(x_RF - mean_F[None])) / count
+
+
 class Head(nn.Module):
     """Projection head.
 
@@ -64,13 +107,6 @@ class Head(nn.Module):
             return dense(self.width, "dense1")(x).astype(jnp.float32)
         x = dense(self.hidden, "dense1")(x)
         if self.batch_norm:
-            norm = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                dtype=self.dtype,
-                axis_name=self.axis_name if train else None,
-                name="norm",
-            )
-            x = norm(x, mask=mask_R[:, None])
+            norm = MaskedBatchNorm(self.axis_name, name="norm")
+            x = norm(x.astype(jnp.float32), mask_R, train).astype(self.dtype)
         return dense(self.width, "dense2")(nn.relu(x)).astype(jnp.float32)

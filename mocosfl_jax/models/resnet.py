@@ -61,7 +61,7 @@ STEMS = {
 
 
 def fan_in_uniform(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for an HWIO kernel, as PyTorch initialises convolutions."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for an HWIO kernel, PyTorch's default."""
     bound = math.prod(shape[:-1]) ** -0.5
     return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
 
@@ -92,11 +92,16 @@ class StandardizedConv(nn.Module):
         return conv(x_BHWC, standardize(kernel).astype(self.dtype), self.stride)
 
 
-def group_norm(name: str, dtype: DTypeLike) -> nn.Module:
-    """GroupNorm with 4 channels a group, statistics in float32."""
-    return nn.GroupNorm(
-        num_groups=None, group_size=CHANNELS_PER_GROUP, epsilon=1e-5, dtype=dtype, name=name
+def group_norm(x_BHWC: jax.Array, name: str) -> jax.Array:
+    """GroupNorm with 4 channels a group, computed in float32, given back in the dtype of x."""
+    norm = nn.GroupNorm(
+        num_groups=None,
+        group_size=CHANNELS_PER_GROUP,
+        epsilon=1e-5,
+        dtype=jnp.float32,
+        name=name,
     )
+    return norm(x_BHWC.astype(jnp.float32)).astype(x_BHWC.dtype)
 
 
 class Stem(nn.Module):
@@ -112,7 +117,7 @@ class Stem(nn.Module):
         x = StandardizedConv(self.features, self.kernel_size, self.stride, self.dtype, name="conv")(
             x_BHWC.astype(self.dtype)
         )
-        return nn.relu(group_norm("norm", self.dtype)(x))
+        return nn.relu(group_norm(x, "norm"))
 
 
 class _Residual(nn.Module):
@@ -128,7 +133,7 @@ class _Residual(nn.Module):
     ) -> jax.Array:
         """Convolution and norm named `conv{suffix}` and `norm{suffix}`."""
         x = StandardizedConv(features, kernel_size, stride, self.dtype, name=f"conv{suffix}")(x)
-        return group_norm(f"norm{suffix}", self.dtype)(x)
+        return group_norm(x, f"norm{suffix}")
 
     def add_shortcut(self, x: jax.Array, residual: jax.Array) -> jax.Array:
         """relu(residual + shortcut(x))."""
@@ -136,7 +141,7 @@ class _Residual(nn.Module):
             x = StandardizedConv(
                 residual.shape[-1], 1, self.stride, self.dtype, name="shortcut_conv"
             )(x)
-            x = group_norm("shortcut_norm", self.dtype)(x)
+            x = group_norm(x, "shortcut_norm")
         return nn.relu(residual + x)
 
 

@@ -1,0 +1,74 @@
+"""Data sets by name: the one entry to all sources.
+
+`synthetic`, `folder:PATH`, `npz:PATH`, else the name of a prepared TensorFlow data set.
+"""
+
+from typing import TypedDict, Unpack
+
+from mocosfl_jax.data import folder, npz, synthetic, tfds
+from mocosfl_jax.data.dataset import Dataset, DatasetInfo, Prepared, Request, Split, channel_stats
+from mocosfl_jax.errors import InputError
+
+__all__ = ["Dataset", "DatasetInfo", "Split", "channel_stats", "inspect_dataset", "load_dataset"]
+
+
+class Options(TypedDict):
+    """How a data set is read; all are needed."""
+
+    data_dir: str | None  # where TFDS data sets lie, None: TFDS's default; others do not use it
+    train_split: str | None  # TFDS only; slices allowed (`train[:5000]`); None: `train`
+    test_split: str | None  # TFDS only; None: `test`, else `validation`
+    image_size: int | None  # side S of the stored square, pixels; None: the images' own short side
+    holdout_fraction: float  # of a folder or npz without a test split, in [0, 1); 0: no test split
+    seed: int  # of the hold-out
+
+
+def inspect_dataset(dataset: str, **options: Unpack[Options]) -> DatasetInfo:
+    """Checks everything that can be checked without decoding an image's pixels.
+
+    Args:
+        dataset: `synthetic` (`synthetic.synthetic_split`), `folder:PATH` (`folder.prepare`),
+            `npz:PATH` (`npz.prepare`), or the name of a prepared TFDS data set (`tfds.prepare`).
+        **options: see `Options`.
+
+    Raises:
+        InputError: names the field or file that cannot be used.
+    """
+    return _prepare(dataset, options).info
+
+
+def load_dataset(dataset: str, **options: Unpack[Options]) -> Dataset:
+    """Reads a data set into memory; arguments and checks of `inspect_dataset`.
+
+    Images of another size are resized by their short side and centre-cropped (`pixels.square_rgb`).
+
+    Raises:
+        InputError: as `inspect_dataset`, or an image that cannot be decoded.
+    """
+    return _prepare(dataset, options).load()
+
+
+def _prepare(dataset: str, options: Options) -> Prepared:
+    scheme, _, path = dataset.partition(":")
+    is_file = scheme in ("folder", "npz")
+    request = Request(dataset=dataset, location=path if is_file else dataset, **options)
+    is_tfds = not is_file and dataset != "synthetic"
+    _check(request, is_tfds)
+    if is_tfds:
+        return tfds.prepare(request)
+    return {"folder": folder, "npz": npz, "synthetic": synthetic}[scheme].prepare(request)
+
+
+def _check(request: Request, is_tfds: bool) -> None:
+    if not request.location:
+        raise InputError("config.dataset", request.dataset, "a path is needed after the colon")
+    if request.image_size is not None and request.image_size < 1:
+        raise InputError("config.image_size", request.image_size, "at least 1 pixel is needed")
+    if not 0 <= request.holdout_fraction < 1:
+        allowed = "a number in [0, 1) is needed"
+        raise InputError("config.holdout_fraction", request.holdout_fraction, allowed)
+    for field in ("train_split", "test_split"):
+        value = getattr(request, field)
+        if value is not None and not is_tfds:
+            allowed = f"{request.dataset} is no TFDS data set: its splits have no names, unset"
+            raise InputError(f"config.{field}", value, allowed)

@@ -1,0 +1,195 @@
+"""Prepared TensorFlow Datasets, read without TensorFlow: `cifar10`, `stl10`, ..."""
+
+import contextlib
+import difflib
+import io
+import logging
+import os
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocosfl_jax.data.dataset import Dataset, DatasetInfo, Prepared, Request, Split, known_labels
+from mocosfl_jax.data.pixels import square_arrays
+from mocosfl_jax.errors import InputError
+
+_NAME = re.compile(r"[a-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
+_BATCH = 500  # records decoded at once
+
+
+class _Part(NamedTuple):
+    """A split as TFDS names it, such as `train[:5000]`; source: its records, in their order."""
+
+    name: str
+    source: Any
+    image_key: str
+    label_key: str | None
+
+
+def prepare(request: Request) -> Prepared:
+    """Checks that the data set is prepared and holds the splits, and reads one label of each.
+
+    A split whose labels are all negative has none. Without `test`, `validation` is the test split;
+    without both there is none.
+
+    Raises:
+        InputError: an unknown name, a data set that is not prepared, not in ArrayRecord files or
+            not of 8-bit images, an unknown or empty split, images of many sizes, unless
+            `image_size` is set.
+    """
+    with _quiet():
+        builder = _find_builder(request)
+        image_key, label_key = _keys(builder, request)
+        parts = [
+            _Part(name, _source(builder, name, field, request), image_key, label_key)
+            for name, field in _split_names(builder, request)
+        ]
+    labelled = [_first_label(part) >= 0 for part in parts]
+    classes = builder.info.features[label_key] if labelled[0] else None
+    info = DatasetInfo(
+        name=request.dataset,
+        num_train=len(parts[0].source),
+        num_test=len(parts[1].source) if len(parts) > 1 else 0,
+        image_size=_store_size(builder.info.features[image_key].shape, request),
+        num_classes=classes.num_classes if classes else None,
+    )
+
+    def load() -> Dataset:
+        splits = [_read(part, info.image_size) for part in parts]
+        test = splits[1] if len(splits) > 1 else None
+        return Dataset(splits[0], test, tuple(classes.names) if classes else None, info)
+
+    return Prepared(info, load)
+
+
+def _import() -> ModuleType:
+    import tensorflow_datasets  # here, as it takes a second
+
+    return tensorflow_datasets
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines and no banners of TFDS about packages that are not needed here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _find_builder(request: Request) -> Any:
+    tfds = _import()
+    name, data_dir = request.location, request.data_dir and os.path.expanduser(request.data_dir)
+    if not _NAME.fullmatch(name):
+        raise _unknown(request)
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        raise _unknown(request) from None
+    except (AssertionError, ValueError) as error:  # no such version or config
+        reason = str(error).partition("\n")[0]
+        raise InputError("config.dataset", request.dataset, reason) from None
+    if not builder.is_prepared():
+        raise InputError(
+            "config.dataset", name, f"not prepared under {_how_to_prepare(builder, data_dir)}"
+        )
+    return builder
+
+
+def _unknown(request: Request) -> InputError:
+    names = _import().list_builders(with_community_datasets=False)
+    close = difflib.get_close_matches(request.dataset.lower(), ["synthetic", *names], n=3)
+    hint = f"; close names: {', '.join(close)}" if close else ""
+    allowed = "`synthetic`, `folder:PATH`, `npz:PATH` or a name of TensorFlow Datasets is needed"
+    return InputError("config.dataset", request.dataset, allowed + hint)
+
+
+def _how_to_prepare(builder: Any, data_dir: str | None) -> str:
+    arguments = f"'{builder.name}', " + (f"data_dir='{data_dir}', " if data_dir else "")
+    return (
+        f'{builder.data_dir}: run `python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder({arguments}file_format='array_record').download_and_prepare()\"`"
+    )
+
+
+def _keys(builder: Any, request: Request) -> tuple[str, str | None]:
+    """The features that hold the image and, if any, the class."""
+    tfds, features = _import(), dict(builder.info.features.items())
+    keys = builder.info.supervised_keys or ("image", "label")
+    image, label = (features.get(key) if isinstance(key, str) else None for key in keys[:2])
+    if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
+        found = ", ".join(features)
+        allowed = f"a data set of 8-bit images is needed; its features are {found}"
+        raise InputError("config.dataset", request.dataset, allowed)
+    return keys[0], keys[1] if isinstance(label, tfds.features.ClassLabel) else None
+
+
+def _split_names(builder: Any, request: Request) -> list[tuple[str, str]]:
+    """Split and config field, of the train and, if there is one, the test split."""
+    names = list(builder.info.splits)
+    by_rule = next((name for name in ("test", "validation") if name in names), None)
+    test = request.test_split or by_rule
+    splits = [(request.train_split or "train", "config.train_split")]
+    return splits + ([(test, "config.test_split")] if test else [])
+
+
+def _source(builder: Any, split: str, field: str, request: Request) -> Any:
+    allowed = (
+        f"a non-empty split of {', '.join(builder.info.splits)} is needed; slices may be taken"
+    )
+    try:
+        if not builder.info.splits[split].num_examples:
+            raise InputError(field, split, allowed)
+    except (KeyError, ValueError):
+        raise InputError(field, split, allowed) from None
+    try:
+        return builder.as_data_source(split=split)
+    except NotImplementedError:
+        raise InputError(
+            "config.dataset",
+            request.dataset,
+            f"prepared in {builder.data_dir}, but not as array_record; with another data_dir than "
+            f"{_how_to_prepare(builder, request.data_dir)}",
+        ) from None
+
+
+def _first_label(part: _Part) -> int:
+    """Label of the first record; -1 if the data set has no classes."""
+    return -1 if part.label_key is None else int(part.source[0][part.label_key])
+
+
+def _store_size(shape: tuple[int | None, ...], request: Request) -> int:
+    """`image_size`, or the short side that all images have."""
+    if request.image_size is not None:
+        return request.image_size
+    height, width = shape[:2]
+    if height is None or width is None:
+        allowed = f"{request.dataset} has images of many sizes: a store size is needed, e.g. 64"
+        raise InputError("config.image_size", None, allowed)
+    return min(height, width)
+
+
+def _read(part: _Part, size: int) -> Split:
+    count = len(part.source)
+    images = np.empty((count, size, size, 3), np.uint8)
+    labels = np.full(count, -1, np.int32)
+    for start in range(0, count, _BATCH):
+        records = part.source.__getitems__(range(start, min(start + _BATCH, count)))
+        images[start : start + len(records)] = _squares([r[part.image_key] for r in records], size)
+        if part.label_key is not None:
+            labels[start : start + len(records)] = [r[part.label_key] for r in records]
+    known = known_labels(labels, f"labels of {part.name}")
+    return Split(images, known)
+
+
+def _squares(images: list[NDArray[np.uint8]], size: int) -> NDArray[np.uint8]:
+    if len({image.shape for image in images}) == 1:
+        return square_arrays(np.stack(images), size)
+    return np.concatenate([square_arrays(image[None], size) for image in images])
