@@ -4,10 +4,10 @@
 
 Paper's queue, head and loss; total batch 100. Every variant is compiled first; then the variants
 take turns, `repeats` times, and medians are reported, so that a change of the machine's pace meets
-all of them. Printed for each cut: seconds a step with 100 clients of one image and with one client of 100
-images, and their ratio (the overhead of the federation); the share of augmentation; a step alone
-against a step inside a scan; FLOP/s by formula over the peak of a large matrix product measured in
-the same turns; compile seconds.
+all of them. Printed for each cut: seconds a step with 100 clients of one image and with one client
+of 100 images, and their ratio (the overhead of the federation); the share of augmentation; a step
+alone against a step inside a scan; FLOP/s by formula over the peak of a large matrix product
+measured in the same turns; compile seconds.
 """
 
 import argparse

@@ -4,8 +4,8 @@
         --config.num_clients=1000 --config.classes_per_client=2 --config.cut=1
 
 Cohort, batch size, rounds and syncs follow from the number of clients by the paper's rule.
-Published linear accuracy, MocoSFL-1, 1,000 clients with 2 classes each: 86.46 %. docs/settings.md lists the
-command of every cell of the paper's tables.
+Published linear accuracy, MocoSFL-1, 1,000 clients with 2 classes each: 86.46 %. The commands of
+all cells of the paper's tables are in docs/settings.md.
 """
 
 from ml_collections import ConfigDict

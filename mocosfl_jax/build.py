@@ -1,5 +1,7 @@
 """From a resolved config to the objects of a run."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -10,8 +12,9 @@ from mocosfl_jax.core.sgd import sgd
 from mocosfl_jax.core.state import TrainState, create_state
 from mocosfl_jax.core.step import Method
 from mocosfl_jax.data.augment import AugmentConfig
-from mocosfl_jax.data.partition import Partition, by_classes, dirichlet, iid
 from mocosfl_jax.data.dataset import Dataset
+from mocosfl_jax.data.partition import Partition, by_classes, dirichlet, iid
+from mocosfl_jax.data.sources import Options
 from mocosfl_jax.models.split import SplitModel, build_model
 from mocosfl_jax.randomness import Stream, device_key
 
@@ -32,6 +35,18 @@ def model_of(config: Config) -> SplitModel:
     )
 
 
+def data_options(config: Config) -> Options:
+    """How the data set of a config, resolved or not, is read."""
+    return {
+        "data_dir": config.data_dir,
+        "train_split": config.train_split,
+        "test_split": config.test_split,
+        "image_size": config.image_size,
+        "holdout_fraction": config.holdout_fraction,
+        "seed": config.seed,
+    }
+
+
 def program_of(config: Config) -> Program:
     """What a dispatch computes."""
     method = Method(
@@ -43,10 +58,9 @@ def program_of(config: Config) -> Program:
         align_momentum=config.align_momentum,
         frozen_clients=config.client_learning_rate == 0,
     )
-    augment = AugmentConfig(
-        size=config.image_size,
+    augment = dataclasses.replace(
+        AugmentConfig.for_version(config.augmentation, config.image_size),
         min_scale=config.crop_min_scale,
-        blur_prob=0.5 if config.augmentation == "v2" else 0.0,
         blur_kernel_size=config.blur_kernel_size,
     )
     schedule = rate_schedule(config.schedule, config.total_steps)

@@ -9,6 +9,7 @@ paper's rules. A field that is set is never overridden; a set field that cannot 
 import dataclasses
 import math
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +48,8 @@ class Config:
     holdout_fraction: float = 0.1
     # Mean and deviation of each channel, of pixels in [0, 1], three numbers each. Rule: computed
     # from the train split.
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    mean: tuple[float, ...] = RULE
+    std: tuple[float, ...] = RULE
 
     # ------------------------------------------------------------------------------- clients
     # N, registered clients.
@@ -234,22 +235,31 @@ def check_types(raw: ConfigDict) -> Config:
             raise InputError(
                 f"config.{name}", raw[name], "no such field; see mocosfl_jax/config.py"
             )
-    values = {name: raw[name] for name in raw if raw[name] is not None}
-    for name, value in values.items():
+    values: dict[str, Any] = {name: raw[name] for name in raw if raw[name] is not None}
+    for name in values:
         kind = _basic_type(name)
-        if kind is float and type(value) is int:
-            values[name] = value = float(value)
-        if kind is tuple and isinstance(value, list):
-            values[name] = value = tuple(value)
+        if kind is float and type(values[name]) is int:
+            values[name] = float(values[name])
+        if kind is tuple and type(values[name]) is list:
+            values[name] = tuple(values[name])
+        value = values[name]
         if type(value) is not kind:
             raise InputError(f"config.{name}", value, f"a {kind.__name__} is needed")
-        if kind is float and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"config.{name}", value, "a finite number is needed")
     missing = [f.name for f in dataclasses.fields(Config) if f.default is not None]
     for name in missing:
         if name not in values:
             raise InputError(f"config.{name}", None, f"a {_basic_type(name).__name__} is needed")
     return Config(**values)
+
+
+def config_from_json(values: dict[str, Any]) -> Config:
+    """The config of a run's config.json, where tuples have become lists."""
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return Config(**fields)
 
 
 def resolve(config: Config, info: DatasetInfo) -> Config:
@@ -266,7 +276,7 @@ def resolve(config: Config, info: DatasetInfo) -> Config:
     _check_ranges(filled)
     _check_clients(filled, info)
     _check_schedule(filled)
-    _check_latents(filled)
+    _check_images(filled)
     _check_queue(filled)
     return filled
 
@@ -302,7 +312,8 @@ def _fill(config: Config, info: DatasetInfo) -> Config:
     fill("client_learning_rate", config.learning_rate)
     fill("schedule", "step" if v1 else "cosine")
     fill("augmentation", "v1" if v1 else "v2")
-    fill("blur_kernel_size", max(9, config.image_size // 10 // 2 * 2 + 1))
+    taps = max(9, config.image_size // 10 // 2 * 2 + 1)
+    fill("blur_kernel_size", min(taps, 2 * config.image_size - 1))
     fill("knn_every", max(1, config.rounds // 10))
     fill("steps_per_dispatch", _largest_divisor(config.steps_per_round, 10))
     fill("checkpoint_every", max(1, config.rounds // 20))
@@ -370,24 +381,25 @@ _FROM_0_BELOW_1 = ("holdout_fraction", "ema", "momentum")
 def _check_ranges(config: Config) -> None:
     """Each set field by itself."""
 
-    def check(name: str, holds: bool, allowed: str) -> None:
-        if not holds:
+    def check(name: str, passes: bool, allowed: str) -> None:
+        if not passes:
             raise InputError(f"config.{name}", getattr(config, name), allowed)
 
     values = {name: value for name, value in vars(config).items() if value is not None}
     for name, choices in _CHOICES.items():
         if name in values:
             check(name, values[name] in choices, f"one of {', '.join(choices)} is needed")
-    for names, holds, allowed in (
+    rules: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         (_AT_LEAST_1, lambda x: x >= 1, "at least 1 is needed"),
         (_AT_LEAST_0, lambda x: x >= 0, "at least 0 is needed"),
         (_ABOVE_0, lambda x: x > 0, "a number above 0 is needed"),
         (_FROM_0_BELOW_1, lambda x: 0 <= x < 1, "a number in [0, 1) is needed"),
-        (["crop_min_scale"], lambda x: 0 < x <= 1, "a number in (0, 1] is needed"),
-        (["knn_temperature"], lambda x: x >= 0.02, "at least 0.02 is needed: float32 overflows"),
-        (["blur_kernel_size"], lambda x: x % 2 == 1, "an odd number is needed"),
-        (["seed"], lambda x: x < 2**32, "a number below 2**32 is needed"),
-    ):
+        (("crop_min_scale",), lambda x: 0 < x <= 1, "a number in (0, 1] is needed"),
+        (("blur_kernel_size",), lambda x: x % 2 == 1, "an odd number is needed"),
+        (("knn_temperature",), lambda x: x >= 0.02, "at least 0.02 is needed: float32 overflows"),
+        (("seed",), lambda x: x < 2**32, "a number below 2**32 is needed"),
+    )
+    for names, holds, allowed in rules:
         for name in names:
             if name in values:
                 check(name, holds(values[name]), allowed)
@@ -399,8 +411,8 @@ def _check_ranges(config: Config) -> None:
         check("std", min(config.std) > 0, "numbers above 0 are needed")
     if config.blocks_per_stage is not None:
         counts = config.blocks_per_stage
-        holds = len(counts) > 0 and all(isinstance(x, int) and x >= 1 for x in counts)
-        check("blocks_per_stage", holds, "one count of at least 1 a stage is needed")
+        passes = len(counts) > 0 and all(isinstance(x, int) and x >= 1 for x in counts)
+        check("blocks_per_stage", passes, "one count of at least 1 a stage is needed")
 
 
 def _check_model(config: Config) -> None:
@@ -467,7 +479,14 @@ def _check_schedule(config: Config) -> None:
         )
 
 
-def _check_latents(config: Config) -> None:
+def _check_images(config: Config) -> None:
+    """What depends on the size of images: the blur's reflect padding, and the bottleneck."""
+    if config.blur_kernel_size >= 2 * config.image_size:
+        raise InputError(
+            "config.blur_kernel_size",
+            config.blur_kernel_size,
+            f"below twice config.image_size = {config.image_size} is needed",
+        )
     shape = config.bottleneck_shape
     if shape is None:
         return

@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mocosfl_jax.build import model_of
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Config, config_from_json
+from mocosfl_jax.data.pixels import square_rgb
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.features import encode
-from mocosfl_jax.data.pixels import square_rgb
 from mocosfl_jax.models.split import Encoded, Params, SplitModel, Variables
 
 FILE_NAME = "encoder.safetensors"
@@ -44,11 +44,11 @@ class Encoder:
             sizes; each is resized by its short side and centre-cropped to the training size.
         Raises: InputError: other shapes or types.
         """
-        return self._encode(images).features
+        return np.asarray(self._encode(images).features)
 
     def embed(self, images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
         """Unit embeddings (n, D), float32: what training contrasts, for similarity search."""
-        embedding = self._encode(images).embedding
+        embedding = np.asarray(self._encode(images).embedding)
         return embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
 
     def _encode(self, images: np.ndarray | Sequence[np.ndarray]) -> Encoded:
@@ -99,7 +99,7 @@ def load_encoder(path: str | Path) -> Encoder:
         raise InputError(str(file), "missing", "a run writes it with its checkpoints") from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(str(file), "unreadable", f"not an encoder file: {error}") from None
-    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    config = config_from_json(values)
     tree = _unflatten(tensors)
     variables = Variables(tree["client"], tree["server"], tree.get("stats", {}))
     return Encoder(model_of(config), variables, config.mean, config.std)

@@ -8,79 +8,79 @@ state saved, and the same command resumes.
 import dataclasses
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mocosfl_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from mocosfl_jax.config import Config
 
 BAD_INPUT, STOPPED = 2, 143
 
 
-def define_flags() -> flags.FlagValues:
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The flags; a field of the config file becomes one where the command line overrides it."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
-        "config", None, "Config file, for example configs/quickstart.py.", flag_values=values
+        "config", None, "Config file.", flag_values=values, sys_argv=argv
     )
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the run; the same one resumes.", flag_values=values
-    )
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Print what would run, and stop.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Print this help.", short_name="h", flag_values=values)
+    flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
     return values
 
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
-    values = define_flags()
     try:
-        raw = _parse(values, argv)
+        values = _parse(argv)
         if values.help:
-            print(f"{__doc__}\n{values.main_module_help()}")
+            print(__doc__)
             return 0
-        return _run(raw, values.workdir, values.dry_run)
+        return _run(values.config, values.workdir, values.dry_run)
     except InputError as error:
         print(f"mocosfl_jax: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
-def _parse(values: flags.FlagValues, argv: list[str]):
-    """The config of the command line.
+def _parse(argv: list[str]) -> flags.FlagValues:
+    """The flags of the command line, complete and loaded.
 
-    Raises: InputError: a flag or field that does not exist, or a value of another type.
+    Raises: InputError: a flag or field that does not exist, a value of another type, a config file
+    that cannot be loaded.
     """
+    values = define_flags(argv)
     try:
         rest = values(argv)
-    except (flags.Error, ValueError, TypeError, AttributeError, KeyError, OSError) as error:
-        raise InputError(
-            "command line", " ".join(argv[1:]), str(error) or "not understood"
-        ) from None
+        config = values.config
+        if config is not None:
+            list(config)  # the file is loaded only now, and may fail
+    except Exception as error:  # a config file is code, and may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError("command line", " ".join(argv[1:]), reason) from None
+    if values.help:
+        return values
     if len(rest) > 1:
         raise InputError("command line", rest[1], "options start with --")
-    if values.help:
-        return None
-    if values.config is None:
+    if config is None:
         raise InputError("--config", None, "a config file is needed, e.g. configs/quickstart.py")
     if values.workdir is None and not values.dry_run:
         raise InputError("--workdir", None, "a folder for the run is needed")
-    return values.config
+    return values
 
 
-def _run(raw, path: str | None, dry_run: bool) -> int:
+def _run(raw: ConfigDict, path: str, dry_run: bool) -> int:
     # Imported here so that a typing mistake on the command line is answered at once.
+    from mocosfl_jax.build import data_options
     from mocosfl_jax.config import check_types, resolve
     from mocosfl_jax.data.sources import inspect_dataset, load_dataset
 
     config = check_types(raw)
-    source = {
-        "data_dir": config.data_dir,
-        "train_split": config.train_split,
-        "test_split": config.test_split,
-        "image_size": config.image_size,
-        "holdout_fraction": config.holdout_fraction,
-        "seed": config.seed,
-    }
-    config = resolve(config, inspect_dataset(config.dataset, **source))
+    options = data_options(config)
+    config = resolve(config, inspect_dataset(config.dataset, **options))
     if dry_run:
         _print_plan(config)
         return 0
@@ -90,7 +90,7 @@ def _run(raw, path: str | None, dry_run: bool) -> int:
 
     workdir = WorkDir(path)
     try:
-        summary = train(config, load_dataset(config.dataset, **source), workdir)
+        summary = train(config, load_dataset(config.dataset, **options), workdir)
     except Interrupted as stop:
         print(f"mocosfl_jax: {stop}; the same command resumes", file=sys.stderr)
         return STOPPED
@@ -104,17 +104,18 @@ def _run(raw, path: str | None, dry_run: bool) -> int:
     return 0
 
 
-def _print_plan(config) -> None:
+def _print_plan(config: "Config") -> None:
     from mocosfl_jax.plan import plan
 
     for name, value in dataclasses.asdict(config).items():
         print(f"{name}: {value}")
     sizes = plan(config)
+    sync_every = config.steps_per_round / config.syncs_per_round
     print(
         f"""
 cohort C = {config.cohort_size}, images a client a step B = {config.batch_size}
 {config.rounds} rounds of {config.steps_per_round} steps = {config.total_steps} steps
-{config.syncs_per_round} syncs a round, one every {config.steps_per_round / config.syncs_per_round:g} steps
+{config.syncs_per_round} syncs a round, one every {sync_every:g} steps
 client parameters: {sizes.client_params:,}
 server parameters: {sizes.server_params:,}
 sent by a client in a round: {sizes.bytes_up_per_client_round / 1e6:.2f} MB

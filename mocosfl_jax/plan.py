@@ -88,9 +88,8 @@ def _activation_bytes(config: Config, program: Program, state: Any) -> int:
     latents_R = jax.ShapeDtypeStruct((rows, *latents.shape[1:]), latents.dtype)
     views = 2 if config.loss == "server" else 1
     embedding = jax.ShapeDtypeStruct((rows, config.head_width), jnp.float32)
-    queue = state.queue if state.queue is not None else state.cohort.queue
 
-    def server(params, latents_R, embedding, keys):
+    def server(params, latents_R, embedding, queue_GKD):
         def loss(params):
             return contrast(
                 method.model,
@@ -98,7 +97,7 @@ def _activation_bytes(config: Config, program: Program, state: Any) -> int:
                 state_stats,
                 (latents_R,) * views,
                 (embedding,) * views,
-                keys[None] if config.feature_sharing else keys,
+                queue_GKD,
                 jnp.ones(rows, bool),
                 method.temperature,
             ).loss
@@ -106,7 +105,8 @@ def _activation_bytes(config: Config, program: Program, state: Any) -> int:
         state_stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.server.stats)
         return jax.vjp(loss, params)[1]
 
-    kept = jax.eval_shape(server, state.server.params, latents_R, embedding, queue.keys)
+    queues = jax.eval_shape(lambda s: s.queue_groups(), state)
+    kept = jax.eval_shape(server, state.server.params, latents_R, embedding, queues)
     return config.cohort_size * _bytes(residuals) + _bytes(kept)
 
 

@@ -23,12 +23,18 @@ from mocosfl_jax.config import Config
 from mocosfl_jax.core.dispatch import DispatchOutput, Images, Normalisation, Program, run_dispatch
 from mocosfl_jax.core.state import TrainState, begin_round, end_round
 from mocosfl_jax.data.cohort import CohortSampler
+from mocosfl_jax.data.dataset import Dataset, channel_stats
 from mocosfl_jax.data.feed import Dispatch, dispatches, prefetch
 from mocosfl_jax.data.partition import Partition, describe
-from mocosfl_jax.data.dataset import Dataset, channel_stats
 from mocosfl_jax.encoder import save_encoder
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.evaluation.protocols import can_evaluate, encode_splits, knn_monitor, probe
+from mocosfl_jax.evaluation.protocols import (
+    Splits,
+    encode_splits,
+    evaluation_data,
+    knn_monitor,
+    probe,
+)
 from mocosfl_jax.models.split import Variables
 from mocosfl_jax.plan import plan
 from mocosfl_jax.progress import Progress
@@ -93,6 +99,8 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
         stop = cleanup.enter_context(stop_requests())
         if step == 0:
             clock.knn_top1_at_init = evaluator.knn(state, 0)
+        elif monitor_due(config, step) and "knn_top1" not in metrics.last:
+            evaluator.knn(state, step)  # a signal came before it
 
         # ------------------------------------------------------------------------------ the loop
         align = config.align_momentum
@@ -126,13 +134,11 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
                 raise Interrupted(f"stopped at step {step} of {config.total_steps}, which is saved")
             if not dispatch.ends_round:
                 continue
-            rounds = dispatch.round + 1
-            last = rounds == config.rounds
-            if config.knn_every and rounds % config.knn_every == 0 and not last:
+            if monitor_due(config, step):
                 recorder.drain()
                 evaluator.knn(state, step)
                 recorder.start_lap()
-            if rounds % config.checkpoint_every == 0 or last:
+            if (dispatch.round + 1) % config.checkpoint_every == 0 or step == config.total_steps:
                 recorder.drain()  # raises before anything non-finite is saved
                 save(state, step)
                 save_encoder(workdir.encoder_path, config, variables_of(state))
@@ -169,6 +175,14 @@ def with_channel_stats(config: Config, dataset: Dataset) -> Config:
 def variables_of(state: TrainState) -> Variables:
     """The online network between rounds: the clients' common model and the server's."""
     return Variables(state.population.params, state.server.params, state.server.stats)
+
+
+def monitor_due(config: Config, step: int) -> bool:
+    """Whether the kNN monitor runs after this step; the last model has its own evaluation."""
+    rounds, rest = divmod(step, config.steps_per_round)
+    if rest or not config.knn_every or step == config.total_steps:
+        return False
+    return rounds % config.knn_every == 0
 
 
 def compile_dispatch(
@@ -254,41 +268,38 @@ class Evaluator:
         metrics: Metrics,
         progress: Progress,
     ):
-        self._config, self._dataset = config, dataset
-        self._model = program.method.model
+        self._config, self._model = config, program.method.model
         self._metrics, self._progress = metrics, progress
-        self._obstacle = can_evaluate(dataset)
-        if self._obstacle:
-            progress.say(f"kNN and linear probe are skipped: {self._obstacle}")
+        self._data = evaluation_data(dataset)
+        if isinstance(self._data, str):
+            progress.say(f"kNN and linear probe are skipped: {self._data}")
 
     def knn(self, state: TrainState, step: int) -> float | None:
         """kNN top-1 in percent, logged; None where it is skipped."""
-        if self._obstacle:
+        if isinstance(self._data, str):
             return None
-        return self._knn(self._encode(state), step)
+        splits = encode_splits(self._config, self._model, variables_of(state), self._data)
+        return self._knn(splits, step, self._data.num_classes)
 
     def final(self, state: TrainState, step: int) -> dict[str, float | None]:
         """kNN and linear probe of the last model, features encoded once."""
         results: dict[str, float | None] = dict.fromkeys(
             ("knn_top1", "linear_top1", "linear_top1_best_test_epoch")
         )
-        if self._obstacle:
+        if isinstance(self._data, str):
             return results
-        splits = self._encode(state)
-        results["knn_top1"] = self._knn(splits, step)
+        splits = encode_splits(self._config, self._model, variables_of(state), self._data)
+        results["knn_top1"] = self._knn(splits, step, self._data.num_classes)
         if self._config.probe_epochs:
-            result = probe(self._config, splits, self._dataset)
+            result = probe(self._config, splits, self._data.num_classes)
             results["linear_top1"] = result.top1_last
             results["linear_top1_best_test_epoch"] = result.top1_best_test_epoch
             self._progress.say(f"linear probe {result.top1_last:.2f} %")
             self._metrics.add(step, linear_top1=result.top1_last)
         return results
 
-    def _encode(self, state: TrainState):
-        return encode_splits(self._config, self._model, variables_of(state), self._dataset)
-
-    def _knn(self, splits, step: int) -> float:
-        top1 = knn_monitor(self._config, splits, self._dataset)
+    def _knn(self, splits: Splits, step: int, num_classes: int) -> float:
+        top1 = knn_monitor(self._config, splits, num_classes)
         self._metrics.add(step, knn_top1=top1)
         self._progress.say(f"step {step} of {self._config.total_steps}: kNN {top1:.2f} %")
         return top1

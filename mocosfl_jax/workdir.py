@@ -67,14 +67,14 @@ class WorkDir:
 class Metrics:
     """DIR/metrics.jsonl, one JSON object a line and one line a step, and TensorBoard scalars.
 
-    What is added for one step is merged into its line, which is the last one of the file.
+    What is added for one step is merged into its line, `last`, which is the last one of the file.
     """
 
     def __init__(self, workdir: WorkDir, step: int, tensorboard: bool):
         """Cuts the file back to `step`, that of the checkpoint from which the run resumes."""
         path = workdir.metrics_path
         kept = _lines_up_to(path, step) if step else []
-        self._last: dict[str, Any] = kept.pop() if kept else {}
+        self.last: dict[str, Any] = kept.pop() if kept else {}
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._offset = self._file.tell()  # where the last line starts
@@ -86,10 +86,10 @@ class Metrics:
             self._board = SummaryWriter(str(workdir.path / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, **values: float) -> None:
-        if self._last.get("step", step) != step:
+        if self.last.get("step", step) != step:
             self._write_last()
-            self._offset, self._last = self._file.tell(), {}
-        self._last = {"step": step, **self._last, **values}
+            self._offset, self.last = self._file.tell(), {}
+        self.last = {"step": step, **self.last, **values}
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -111,8 +111,8 @@ class Metrics:
         """Writes the last line anew; it may have grown since it was written."""
         self._file.truncate(self._offset)
         self._file.seek(self._offset)
-        if self._last:
-            self._file.write(json.dumps(self._last) + "\n")
+        if self.last:
+            self._file.write(json.dumps(self.last) + "\n")
 
 
 def _lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:

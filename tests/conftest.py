@@ -4,6 +4,7 @@ These lines run before any test module imports JAX.
 """
 
 import os
+import tempfile
 
 FLAGS = (
     "--xla_force_host_platform_device_count=8",  # for tests of several devices
@@ -11,6 +12,9 @@ FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_cache = tempfile.TemporaryDirectory()  # programs that several tests, or their processes, compile
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax  # noqa: E402
 

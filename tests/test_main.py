@@ -41,7 +41,7 @@ def refused(capsys, argv: list[str]) -> str:
         ("--config.num_clients=many", ["num_clients", "many"]),
         ("--config.dataset=cifar11", ["config.dataset", "cifar11"]),
         ("--config.dataset=npz:/nowhere.npz", ["/nowhere.npz"]),
-        ("--config.dataset=folder:/nowhere", ["/nowhere"]),
+        ("--config.dataset=folder:/nowhere", ["config.image_size"]),
         ("--config.num_clients=61", ["config.num_clients", "61", "60"]),
         ("--config.classes_per_client=4", ["config.classes_per_client", "4", "3 classes"]),
         ("--config.cut=9", ["config.cut", "9", "1 to 3"]),

@@ -44,6 +44,7 @@ def initialized(model: SplitModel) -> Variables:
     return jax.jit(model.init)(jax.random.key(5))
 
 
+@functools.cache
 def shapes(model: SplitModel) -> Variables:
     return jax.eval_shape(model.init, jax.random.key(0))
 
@@ -209,26 +210,25 @@ def test_another_key_gives_other_kernels():
 
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
-    single, half = tiny(head="V2"), tiny(head="V2", compute_dtype="bfloat16")
+    single, half = tiny(), tiny(compute_dtype="bfloat16")
     variables = initialized(single)
     assert {x.dtype for x in jax.tree.leaves(shapes(half))} == {jnp.dtype(jnp.float32)}
-    assert half.latents(variables.client, images()).dtype == jnp.bfloat16
-    expected, actual = single.encode(variables, images()), half.encode(variables, images())
-    for a, e in zip(actual, expected, strict=True):
+    latents = jax.eval_shape(half.latents, variables.client, images())
+    assert latents.dtype == jnp.bfloat16
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def outputs_and_gradient(model: SplitModel, variables: Variables):
+        def loss(client):
+            encoded = model.encode(variables._replace(client=client), images())
+            return encoded.embedding[:, :5].sum(), encoded
+
+        gradient, encoded = jax.grad(loss, has_aux=True)(variables.client)
+        return *encoded, gradient["unit0"]["conv"]["kernel"]
+
+    expected = outputs_and_gradient(single, variables)
+    for a, e in zip(outputs_and_gradient(half, variables), expected, strict=True):
         assert a.dtype == jnp.float32
-        error = np.abs(a - e).max() / np.abs(e).max()
-        assert 1e-6 < error < 0.03
-
-    def loss(model, client):
-        return model.features(variables.server, model.latents(client, images()))[:, :5].sum()
-
-    gradient = jax.grad(functools.partial(loss, half))(variables.client)
-    kernel, expected = (
-        g["unit0"]["conv"]["kernel"]
-        for g in (gradient, jax.grad(functools.partial(loss, single))(variables.client))
-    )
-    assert kernel.dtype == jnp.float32
-    assert np.linalg.norm(kernel - expected) < 0.1 * np.linalg.norm(expected)
+        assert 1e-6 < np.linalg.norm(a - e) / np.linalg.norm(e) < 0.2  # 3 digits, 4 norms
 
 
 # ------------------------------------------------------------------------------------------- heads

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mocosfl_jax.build import data_options
 from mocosfl_jax.config import Config, check_types, default_config, resolve
 from mocosfl_jax.data.sources import Dataset, inspect_dataset, load_dataset
 
@@ -53,13 +54,6 @@ def load(npz: Path, **fields) -> tuple[Config, Dataset]:
     raw = default_config()
     raw.update({"dataset": f"npz:{npz}", **FIELDS, **fields})
     config = check_types(raw)
-    source = {
-        "data_dir": config.data_dir,
-        "train_split": config.train_split,
-        "test_split": config.test_split,
-        "image_size": config.image_size,
-        "holdout_fraction": config.holdout_fraction,
-        "seed": config.seed,
-    }
-    resolved = resolve(config, inspect_dataset(config.dataset, **source))
-    return resolved, load_dataset(config.dataset, **source)
+    options = data_options(config)
+    resolved = resolve(config, inspect_dataset(config.dataset, **options))
+    return resolved, load_dataset(config.dataset, **options)

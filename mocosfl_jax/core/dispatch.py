@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mocosfl_jax.core.state import TrainState
@@ -19,10 +20,10 @@ class Images(NamedTuple):
     whether the step ends with a sync. sync_weight: (C,) float32, of each slot in an average.
     """
 
-    images: jax.Array
-    mask: jax.Array
-    sync_now: jax.Array
-    sync_weight: jax.Array
+    images: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray
+    sync_now: jax.Array | np.ndarray
+    sync_weight: jax.Array | np.ndarray
 
 
 class Normalisation(NamedTuple):
@@ -46,7 +47,7 @@ class Program:
     """What a dispatch computes, fixed for a run; hashable.
 
     method: the step. augment: of both views. learning_rate, client_learning_rate: at the start.
-    schedule: factor on both rates, a function of the step.
+    schedule: factor on both rates, a function of the step as a float.
     """
 
     method: Method
@@ -88,13 +89,13 @@ def run_dispatch(
     def one_step(state: TrainState, step: tuple[jax.Array, ...]):
         images_CBHWC, mask_CB, sync_now = step
         query, key = _augmented(program, state, images_CBHWC, normalisation, augment_key)
-        factor = jnp.asarray(program.schedule(state.step), jnp.float32)
+        factor = jnp.asarray(program.schedule(state.step.astype(jnp.float32)), jnp.float32)
         rates = Rates(program.learning_rate * factor, program.client_learning_rate * factor)
-        batch = Batch(query, key, mask_CB, inputs.sync_weight)
+        batch = Batch(query, key, mask_CB, jnp.asarray(inputs.sync_weight))
         state, output = train_step(program.method, state, batch, rates, sync_now)
         return state, (output.loss, output.accuracy)
 
-    steps = (inputs.images, inputs.mask, inputs.sync_now)
+    steps = tuple(jnp.asarray(x) for x in (inputs.images, inputs.mask, inputs.sync_now))
     state, (loss, accuracy) = jax.lax.scan(one_step, state, steps)
     return state, DispatchOutput(loss, accuracy, _all_finite((loss, state.server, state.cohort)))
 

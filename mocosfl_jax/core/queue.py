@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from mocosfl_jax.core.infonce import normalize
 
 
-@flax.struct.dataclass
-class Queue:
+class Queue(flax.struct.PyTreeNode):
     """Keys of earlier steps, the oldest overwritten first.
 
     keys: (K, D) float32, unit rows. ptr: () int32 in [0, K), the row written next.

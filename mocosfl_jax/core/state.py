@@ -15,8 +15,7 @@ from mocosfl_jax.core.queue import Queue
 from mocosfl_jax.models.split import Params
 
 
-@flax.struct.dataclass
-class ClientState:
+class ClientState(flax.struct.PyTreeNode):
     """One client in training; the cohort's has a leading C on every leaf.
 
     params: online model. momentum: momentum model (the key encoder). buffers: SGD buffers.
@@ -30,8 +29,7 @@ class ClientState:
     queue: Queue | None
 
 
-@flax.struct.dataclass
-class Population:
+class Population(flax.struct.PyTreeNode):
     """What is kept between rounds.
 
     params: the online model of every client (one copy: a round ends with a sync).
@@ -47,8 +45,7 @@ class Population:
     queue: Queue | None
 
 
-@flax.struct.dataclass
-class ServerState:
+class ServerState(flax.struct.PyTreeNode):
     """The server's half; no client axis. Changed by the step.
 
     params, momentum: online model and momentum model, head included. buffers: SGD buffers.
@@ -62,8 +59,7 @@ class ServerState:
     momentum_stats: Params
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All of it.
 
     step: () int32, steps taken. cohort_ids: (C,) int32, client id of each slot. cohort: (C, ...).
@@ -76,6 +72,13 @@ class TrainState:
     cohort_ids: jax.Array
     cohort: ClientState
     queue: Queue | None
+
+    def queue_groups(self) -> jax.Array:
+        """Negatives by group of server rows: (1, K, D) shared, or (C, K / N, D) private."""
+        if self.queue is not None:
+            return self.queue.keys[None]
+        assert self.cohort.queue is not None, "one of the two queues exists"
+        return self.cohort.queue.keys
 
 
 def repeat(tree: Any, times: int) -> Any:

@@ -9,7 +9,7 @@ import optax
 
 from mocosfl_jax.core.client import client_forward
 from mocosfl_jax.core.ema import ema_update
-from mocosfl_jax.core.queue import Queue, enqueue
+from mocosfl_jax.core.queue import enqueue
 from mocosfl_jax.core.server import contrast, embed_views, split_groups
 from mocosfl_jax.core.sgd import sgd_update
 from mocosfl_jax.core.state import TrainState
@@ -67,9 +67,13 @@ class Rates(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """loss: () mean over rows (views added), before the update. accuracy: () percent of rows whose
-    positive beats the whole queue (of the second direction for `server`). latent_grad: (C, B', h, w,
-    c) d loss / d query latents, what the clients are sent; B' = 2B for `client`, else B."""
+    """What a step tells.
+
+    loss: () mean over rows (views added), before the update. accuracy: () percent of rows whose
+    positive beats the whole queue (of the second direction for `server`). latent_grad:
+    (C, B', h, w, c), d loss / d query latents, what the clients are sent; B' = 2B for `client`,
+    else B.
+    """
 
     loss: jax.Array
     accuracy: jax.Array
@@ -114,8 +118,7 @@ def train_step(
     keys = embed_views(model, momentum, server.momentum_stats, key_views, mask_R)
 
     # 3. The loss against the queue as it was, and its gradients.
-    queue = state.queue if state.queue is not None else cohort.queue
-    queue_GKD = queue.keys[None] if state.queue is not None else queue.keys
+    queue_GKD = state.queue_groups()
     weight = _sum_over_devices(jnp.sum(mask_R.astype(jnp.float32)), method.axis_name)
     key_R = jax.lax.stop_gradient(key_R)
 
@@ -192,17 +195,16 @@ def _enqueue(
 ) -> TrainState:
     """Writes each view's keys in order: to the shared queue, or each client's rows to its own."""
     if state.queue is None:
+        assert state.cohort.queue is not None, "one of the two queues exists"
         slots = state.cohort_ids.shape[0]
         keys_CMD = jnp.concatenate([split_groups(k, slots) for k in keys], axis=1)
         mask_CM = jnp.concatenate([split_groups(mask_R, slots)] * len(keys), axis=1)
-        queue = jax.vmap(enqueue)(state.cohort.queue, keys_CMD, mask_CM)
-        return state.replace(cohort=state.cohort.replace(queue=queue))
+        queues = jax.vmap(enqueue)(state.cohort.queue, keys_CMD, mask_CM)
+        return state.replace(cohort=state.cohort.replace(queue=queues))
     keys_VRD, mask_VR = jnp.stack(keys), jnp.stack([mask_R] * len(keys))
     if axis_name is not None:
         keys_VRD, mask_VR = (
             jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (keys_VRD, mask_VR)
         )
-    queue: Queue = enqueue(
-        state.queue, keys_VRD.reshape(-1, keys_VRD.shape[-1]), mask_VR.reshape(-1)
-    )
+    queue = enqueue(state.queue, keys_VRD.reshape(-1, keys_VRD.shape[-1]), mask_VR.reshape(-1))
     return state.replace(queue=queue)

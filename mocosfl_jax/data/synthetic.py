@@ -1,6 +1,6 @@
 """A procedural data set: ten classes of small RGB images, each filled with one motif.
 
-An image is a jittered lattice of copies of its class's motif (discs, rings, bars, ...), light on
+An image is filled with rows of copies of its class's motif (discs, rings, bars, ...), light on
 dark or dark on light, over a smooth field of colour, with noise. Only the shape of the motif tells
 the class: colours, contrast, scale, position, tilt and noise are drawn alike for all classes. So
 neighbours among raw pixels, or among features of an untrained network, say little about the class,
@@ -142,15 +142,18 @@ class _Scenes(NamedTuple):
     """What is drawn at random for n images; lengths in 1/32 of the side, colours in [0, 1].
 
     cell: (n,) side of a lattice cell. turn: (n, 2) cosine and sine of the lattice's tilt.
-    origin: (n, 2) place of the image's centre in the lattice, in cells.
-    copies: (n, cells, cells, 8) of each copy: offset from the cell's centre in cells (x, y); cosine
-      and sine of its tilt over its radius in cells; its radius; what it adds to red, green, blue.
+    origin: (n, 2) column and row of the image's centre, in cells. slide: (n, rows) shift of each
+      row of the lattice along itself, in cells.
+    copies: (n, rows, columns, 8) of each copy: offset from the cell's centre in cells (x, y);
+      cosine and sine of its tilt, over its radius in cells; that radius; what it adds to red, green
+      and blue.
     field: (n, knots, knots, 3) colours. noise: (n,) amplitude.
     """
 
     cell: Array
     turn: Array
     origin: Array
+    slide: Array
     copies: Array
     field: Array
     noise: Array
@@ -165,21 +168,28 @@ def _random_scenes(rng: np.random.Generator, n: int) -> _Scenes:
         t = uniform(-half_tangent, half_tangent, *shape)
         return (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
 
-    cells = (n, _LATTICE, _LATTICE)
-    cell = uniform(8, 14, n)
-    tilt = np.stack(turn(0.1, n), axis=-1)
-    origin = uniform(0, 1, n, 2) + _F(_LATTICE // 2)
-    radius = uniform(0.36, 0.46, *cells)
-    offset = uniform(-1, 1, *cells, 2) * (_F(0.5) - radius)[..., None]
-    cosine, sine = turn(0.1, *cells)
+    def tinted() -> Array:
+        """A colour an image, half grey."""
+        return uniform(0, 0.5, n, 1, 1, 3) + uniform(0, 0.5, n, 1, 1, 1)
+
+    lattice = (n, _LATTICE, _LATTICE)
+    radius = uniform(0.4, 0.5, *lattice)
+    offset = uniform(-1, 1, *lattice, 2) * (_F(0.5) - radius)[..., None]
+    cosine, sine = turn(0.1, *lattice)
     sign = np.where(uniform(0, 1, n, 1, 1, 1) < 0.5, _F(-1), _F(1))
-    tint = uniform(0, 1, n, 1, 1, 3) * _F(0.7) + uniform(0, 1, *cells, 3) * _F(0.3)
-    shift = sign * _F(0.64) + tint * _F(0.2)
+    tint = _F(0.7) * tinted() + _F(0.3) * uniform(0, 1, *lattice, 3)
+    shift = sign * uniform(0.45, 0.64, *lattice, 1) + _F(0.2) * tint
     polar = np.stack([cosine / radius, sine / radius, radius], axis=-1)
-    copies = np.concatenate([offset, polar, shift], axis=-1)
     knots = uniform(0, 1, n, _COLOUR_GRID, _COLOUR_GRID, 3)
-    field = uniform(0, 1, n, 1, 1, 3) * _F(0.7) + knots * _F(0.3)
-    return _Scenes(cell, tilt, origin, copies, field, uniform(0, 0.1, n))
+    return _Scenes(
+        cell=uniform(8, 14, n),
+        turn=np.stack(turn(0.15, n), axis=-1),
+        origin=uniform(0, 1, n, 2) + _F(_LATTICE // 2),
+        slide=uniform(0, 1, n, _LATTICE),
+        copies=np.concatenate([offset, polar, shift], axis=-1),
+        field=_F(0.7) * tinted() + _F(0.3) * knots,
+        noise=uniform(0, 0.1, n),
+    )
 
 
 def _draw(
@@ -194,12 +204,14 @@ def _draw(
     cosine, sine = scenes.turn[:, 0, None, None], scenes.turn[:, 1, None, None]
     centred = np.arange(size, dtype=np.float32) - _F((size - 1) / 2)
     x, y = centred[None, None, :], centred[None, :, None]
-    u = (x * cosine - y * sine) / cell + scenes.origin[:, 0, None, None]
     v = (x * sine + y * cosine) / cell + scenes.origin[:, 1, None, None]
-    column, row = np.floor(u), np.floor(v)
-    cell_id = (row.astype(np.int32) % _LATTICE) * _LATTICE + column.astype(np.int32) % _LATTICE
-    image_id = np.arange(n, dtype=np.int32)[:, None, None]
-    copy = scenes.copies.reshape(-1, 8)[image_id * _LATTICE**2 + cell_id]
+    row = np.floor(v)
+    row_id = np.arange(0, n * _LATTICE, _LATTICE)[:, None, None] + row.astype(np.int64) % _LATTICE
+    u = (x * cosine - y * sine) / cell + scenes.origin[:, 0, None, None]
+    u += scenes.slide.ravel()[row_id]
+    column = np.floor(u)
+    copy_id = row_id * _LATTICE + column.astype(np.int64) % _LATTICE
+    copy = scenes.copies.reshape(-1, 8)[copy_id]
     u, v = u - column - _F(0.5) - copy[..., 0], v - row - _F(0.5) - copy[..., 1]
     cosine, sine = copy[..., 2], copy[..., 3]
     distance = motif(u * cosine - v * sine, u * sine + v * cosine)

@@ -78,7 +78,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.disable(before)
@@ -86,19 +86,20 @@ def _quiet() -> Iterator[None]:
 
 def _find_builder(request: Request) -> Any:
     tfds = _import()
-    name, data_dir = request.location, request.data_dir and os.path.expanduser(request.data_dir)
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(request.location):
         raise _unknown(request)
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
+        builder = tfds.builder(request.location, data_dir=_data_dir(request))
     except tfds.core.DatasetNotFoundError:
         raise _unknown(request) from None
-    except (AssertionError, ValueError) as error:  # no such version or config
+    except (AssertionError, ImportError, ValueError) as error:  # no such version, config, package
         reason = str(error).partition("\n")[0]
         raise InputError("config.dataset", request.dataset, reason) from None
     if not builder.is_prepared():
         raise InputError(
-            "config.dataset", name, f"not prepared under {_how_to_prepare(builder, data_dir)}"
+            "config.dataset",
+            request.dataset,
+            f"not prepared under {_how_to_prepare(builder, request)}",
         )
     return builder
 
@@ -111,22 +112,30 @@ def _unknown(request: Request) -> InputError:
     return InputError("config.dataset", request.dataset, allowed + hint)
 
 
-def _how_to_prepare(builder: Any, data_dir: str | None) -> str:
-    arguments = f"'{builder.name}', " + (f"data_dir='{data_dir}', " if data_dir else "")
+def _how_to_prepare(builder: Any, request: Request) -> str:
+    data_dir = f"data_dir='{_data_dir(request)}', " if request.data_dir else ""
     return (
         f'{builder.data_dir}: run `python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder({arguments}file_format='array_record').download_and_prepare()\"`"
+        f"tfds.builder('{request.location}', {data_dir}file_format='array_record')"
+        '.download_and_prepare()"`'
     )
+
+
+def _data_dir(request: Request) -> str | None:
+    """TFDS does not expand `~` itself."""
+    return os.path.expanduser(request.data_dir) if request.data_dir else None
 
 
 def _keys(builder: Any, request: Request) -> tuple[str, str | None]:
     """The features that hold the image and, if any, the class."""
-    tfds, features = _import(), dict(builder.info.features.items())
+    tfds = _import()
+    features: dict[str, Any] = dict(builder.info.features.items())
     keys = builder.info.supervised_keys or ("image", "label")
     image, label = (features.get(key) if isinstance(key, str) else None for key in keys[:2])
-    if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
+    holds = isinstance(image, tfds.features.Image) and image.np_dtype == np.uint8
+    if not holds or features[keys[0]].shape[-1] not in (1, 3):
         found = ", ".join(features)
-        allowed = f"a data set of 8-bit images is needed; its features are {found}"
+        allowed = f"a data set of 8-bit grey or RGB images is needed; its features are {found}"
         raise InputError("config.dataset", request.dataset, allowed)
     return keys[0], keys[1] if isinstance(label, tfds.features.ClassLabel) else None
 
@@ -141,23 +150,23 @@ def _split_names(builder: Any, request: Request) -> list[tuple[str, str]]:
 
 
 def _source(builder: Any, split: str, field: str, request: Request) -> Any:
-    allowed = (
-        f"a non-empty split of {', '.join(builder.info.splits)} is needed; slices may be taken"
-    )
+    """The records of a split."""
     try:
-        if not builder.info.splits[split].num_examples:
-            raise InputError(field, split, allowed)
+        count = builder.info.splits[split].num_examples
     except (KeyError, ValueError):
-        raise InputError(field, split, allowed) from None
+        count = 0
+    if not count:
+        names = ", ".join(builder.info.splits)
+        allowed = f"a split of {names}, or a slice of one that is not empty, is needed"
+        raise InputError(field, split, allowed)
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError:
-        raise InputError(
-            "config.dataset",
-            request.dataset,
-            f"prepared in {builder.data_dir}, but not as array_record; with another data_dir than "
-            f"{_how_to_prepare(builder, request.data_dir)}",
-        ) from None
+        allowed = (
+            f"in {builder.data_dir} are no array_record files; with another config.data_dir, "
+            "prepare it as array_record"
+        )
+        raise InputError("config.dataset", request.dataset, allowed) from None
 
 
 def _first_label(part: _Part) -> int:

@@ -2,62 +2,94 @@
 
 from typing import NamedTuple
 
+import numpy as np
+
 from mocosfl_jax.config import Config
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.evaluation.knn import knn_top1
 from mocosfl_jax.evaluation.linear_probe import Labelled, ProbeResult, linear_probe
-from mocosfl_jax.models.split import Encoded, SplitModel, Variables
+from mocosfl_jax.models.split import SplitModel, Variables
+
+
+class LabelledImages(NamedTuple):
+    """images: (n, S, S, 3) uint8. labels: (n,) int32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class EvaluationData(NamedTuple):
+    """What both protocols need."""
+
+    train: LabelledImages
+    test: LabelledImages
+    num_classes: int
+
+
+class Features(NamedTuple):
+    """An encoded split. features: (n, F) pooled backbone features; embedding: (n, D) head output;
+    both float32. labels: (n,) int32."""
+
+    features: np.ndarray
+    embedding: np.ndarray
+    labels: np.ndarray
 
 
 class Splits(NamedTuple):
     """The train and test images, encoded."""
 
-    train: Encoded
-    test: Encoded
+    train: Features
+    test: Features
 
 
-def can_evaluate(dataset: Dataset) -> str | None:
-    """None, or why neither protocol is possible."""
-    if dataset.test is None:
+def evaluation_data(dataset: Dataset) -> EvaluationData | str:
+    """The labelled splits, or why there are none."""
+    train, test, classes = dataset.train, dataset.test, dataset.info.num_classes
+    if test is None:
         return "there is no test split"
-    if dataset.train.labels is None or dataset.test.labels is None:
+    if train.labels is None or test.labels is None or classes is None:
         return "the images have no labels"
-    return None
+    return EvaluationData(
+        LabelledImages(train.images, train.labels),
+        LabelledImages(test.images, test.labels),
+        classes,
+    )
 
 
 def encode_splits(
-    config: Config, model: SplitModel, variables: Variables, dataset: Dataset
+    config: Config, model: SplitModel, variables: Variables, data: EvaluationData
 ) -> Splits:
     """Encodes train and test images once, unaugmented."""
 
-    def run(images):
-        return encode(
-            model.encode, variables, images, config.mean, config.std, config.eval_batch_size
+    def run(split: LabelledImages) -> Features:
+        features, embedding = encode(
+            model.encode, variables, split.images, config.mean, config.std, config.eval_batch_size
         )
+        return Features(features, embedding, split.labels)
 
-    return Splits(run(dataset.train.images), run(dataset.test.images))
+    return Splits(run(data.train), run(data.test))
 
 
-def knn_monitor(config: Config, splits: Splits, dataset: Dataset) -> float:
+def knn_monitor(config: Config, splits: Splits, num_classes: int) -> float:
     """Weighted kNN top-1 in percent on normalised head outputs; the bank is the train split."""
     return knn_top1(
         splits.test.embedding,
-        dataset.test.labels,
+        splits.test.labels,
         splits.train.embedding,
-        dataset.train.labels,
-        num_classes=dataset.info.num_classes,
+        splits.train.labels,
+        num_classes=num_classes,
         k=config.knn_k,
         temperature=config.knn_temperature,
     )
 
 
-def probe(config: Config, splits: Splits, dataset: Dataset) -> ProbeResult:
+def probe(config: Config, splits: Splits, num_classes: int) -> ProbeResult:
     """Linear probe on pooled backbone features."""
     return linear_probe(
-        Labelled(splits.train.features, dataset.train.labels),
-        Labelled(splits.test.features, dataset.test.labels),
-        dataset.info.num_classes,
+        Labelled(splits.train.features, splits.train.labels),
+        Labelled(splits.test.features, splits.test.labels),
+        num_classes,
         seed=config.seed,
         learning_rate=config.probe_learning_rate,
         batch_size=config.probe_batch_size,

@@ -1,7 +1,7 @@
 """A network cut in two: what a client runs, and what the server runs."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -103,11 +103,11 @@ class SplitModel:
 
     def latents(self, client_params: Params, images_BHWC: jax.Array) -> jax.Array:
         """What one client sends: (B, h, w, c) of normalised float32 images (B, H, W, 3)."""
-        return self.client.apply({"params": client_params}, images_BHWC)
+        return cast(jax.Array, self.client.apply({"params": client_params}, images_BHWC))
 
     def features(self, server_params: Params, latents_RHWC: jax.Array) -> jax.Array:
         """Pooled backbone features (R, F), float32: what a linear probe sees."""
-        return self.server.apply({"params": server_params}, latents_RHWC)
+        return cast(jax.Array, self.server.apply({"params": server_params}, latents_RHWC))
 
     def embed(
         self,
@@ -120,7 +120,7 @@ class SplitModel:
         """Unnormalised embeddings (R, D) and the new head statistics."""
         variables = {"params": server_params["head"], "batch_stats": stats}
         if not (train and self.head.batch_norm):
-            return self.head.apply(variables, features_RF, mask_R, train), stats
+            return cast(jax.Array, self.head.apply(variables, features_RF, mask_R, train)), stats
         embedding, updated = self.head.apply(
             variables, features_RF, mask_R, train, mutable=["batch_stats"]
         )

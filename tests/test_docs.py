@@ -1,0 +1,136 @@
+"""The documentation holds: commands resolve to what they claim, code runs, links lead somewhere."""
+
+import re
+import shlex
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from mocosfl_jax.config import Config, check_types, resolve
+from mocosfl_jax.data.dataset import DatasetInfo, Request
+from mocosfl_jax.data.sources import inspect_dataset
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.main import define_flags
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = ROOT / "docs" / "settings.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+COMMAND = re.compile(r"`python -m mocosfl_jax\.main ([^`]*)`")
+
+# By config file: facts of the data set, and classes of a non-IID client. ImageNet-12 has no
+# official size: any number of images serves.
+DATA = {
+    "cifar10": (DatasetInfo("cifar10", 50_000, 10_000, 32, 10), 2),
+    "cifar100": (DatasetInfo("cifar100", 50_000, 10_000, 32, 100), 20),
+    "imagenet12": (DatasetInfo("folder:data/imagenet12", 12_345, 600, 224, 12), 2),
+}
+
+
+def table_rows(text: str) -> list[dict[str, str]]:
+    """The rows of all tables that have a command, by column."""
+    rows, header = [], []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            header = []
+        elif not header:
+            header = cells
+        elif COMMAND.search(line):
+            rows.append(dict(zip(header, cells, strict=True)))
+    return rows
+
+
+def parsed(command: str) -> tuple[Config, str]:
+    """The resolved config of a command, and its work directory."""
+    match = COMMAND.fullmatch(command)
+    assert match is not None
+    argv = ["main", *shlex.split(match[1])]
+    values = define_flags(argv)
+    assert values(argv) == ["main"]
+    info, _ = DATA[Path(argv[argv.index("--config") + 1]).stem]
+    return resolve(check_types(values.config), info), values.workdir
+
+
+ROWS = table_rows(SETTINGS.read_text())
+CELLS = [row for row in ROWS if "method" in row]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_cell_of_the_papers_tables_is_there():
+    cells = {(row.get("data set"), row["command"].split("--workdir")[1]) for row in CELLS}
+    assert len(cells) == len(CELLS) == 2 * 2 * 2 + 3 * 2 * 2 * 3
+
+
+@pytest.mark.parametrize("row", CELLS, ids=lambda row: row["command"].split("runs/")[1].split()[0])
+def test_a_cell_of_the_papers_tables(row):
+    config, workdir = parsed(row["command"])
+    name = workdir.removeprefix("runs/").split("-")[0]
+    info, classes = DATA[name]
+    assert config.dataset == info.name
+    assert config.num_clients == int(row["clients"])
+    assert config.cut == {"MocoSFL-1": 1, "MocoSFL-3": 2}[row["method"]]
+    assert config.classes_per_client == (None if row.get("data") == "IID" else classes)
+    assert config.dirichlet_alpha is None
+    assert (config.backbone, config.head, config.loss) == ("resnet18", "V2", "server")
+    assert (config.queue_length, config.temperature, config.ema) == (6000, 0.1, 0.99)
+    assert config.cohort_size * config.batch_size == 100
+    if name.startswith("cifar"):
+        assert config.total_steps == 100_000
+    if "data set" in row:
+        assert row["data set"].replace("-", "").lower() == name
+        assert (config.cohort_size, config.batch_size, config.syncs_per_round) == (5, 20, 10)
+
+
+def test_no_two_commands_share_a_folder():
+    folders = [parsed(row["command"])[1] for row in ROWS]
+    assert len(set(folders)) == len(folders)
+
+
+def test_the_other_settings_resolve():
+    others = [row for row in ROWS if "setting" in row]
+    assert others
+    configs = {parsed(row["command"])[0] for row in others}
+    assert len(configs) == len(others)
+
+
+def test_code_of_extending_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    page = ROOT / "docs" / "extending.md"
+    names = {"__name__": "extending"}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
+
+    def request(location: str) -> Request:
+        return Request(f"noise:{location}", location, None, None, None, 16, 0.1, 0)
+
+    made = names["prepare"](request("7"))
+    assert made.load().train.images.shape == (7, made.info.image_size, 16, 3)
+    with pytest.raises(InputError, match="noise:many"):
+        names["prepare"](request("many"))
+    options = dict(data_dir=None, train_split=None, test_split=None, image_size=None)
+    mine = f"npz:{names['folder'] / 'mine.npz'}"
+    info = inspect_dataset(mine, holdout_fraction=0.1, seed=0, **options)
+    assert (info.num_train, info.num_test, info.num_classes) == (54, 6, 3)
+
+
+def anchors(text: str) -> set[str]:
+    """The fragments of a page's headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, fragment = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        if fragment:
+            assert fragment in anchors(target.read_text()), link
