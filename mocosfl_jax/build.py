@@ -69,13 +69,18 @@ def program_of(config: Config) -> Program:
 
 def initial_state(config: Config, method: Method) -> TrainState:
     """State before the first step, from the seed."""
+    state = jax.jit(lambda: _initial_state(config, method))()
+    return jax.tree.map(jnp.copy, state)  # momentum models share buffers, which donation forbids
+
+
+def _initial_state(config: Config, method: Method) -> TrainState:
     variables = method.model.init(device_key(config.seed, Stream.INIT))
     key, length = device_key(config.seed, Stream.QUEUE), config.queue_length
     if config.feature_sharing:
         queue = init_queue(key, length, config.head_width)
     else:
         queue = init_private_queues(key, config.num_clients, length, config.head_width)
-    state = create_state(
+    return create_state(
         *variables,
         queue,
         optimizer=method.optimizer,
@@ -84,7 +89,6 @@ def initial_state(config: Config, method: Method) -> TrainState:
         feature_sharing=config.feature_sharing,
         align_momentum=config.align_momentum,
     )
-    return jax.tree.map(jnp.copy, state)  # momentum models share buffers, which donation forbids
 
 
 def partition_of(config: Config, dataset: Dataset) -> Partition:

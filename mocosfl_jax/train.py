@@ -110,21 +110,23 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
             Normalisation(jnp.asarray(config.mean), jnp.asarray(config.std)),
             device_key(config.seed, Stream.AUGMENT),
         )
-        advance: Callable | None = None
+        advance: dict[int, Callable] = {}  # compiled dispatches by number of steps
         progress.start(step)
         feed = dispatches(config, dataset.train.images, partition, sampler, step)
         for dispatch in prefetch(feed, _to_device):
             if dispatch.begins_round:
                 state = begin(state, dispatch.cohort)
-            if advance is None:
-                advance, clock_seconds = compile_dispatch(
+            steps = len(dispatch.inputs.sync_now)
+            if steps not in advance:
+                recorder.drain()
+                advance[steps], seconds = compile_dispatch(
                     program, state, dispatch.inputs, *constants
                 )
-                clock.compile_seconds += clock_seconds
-                progress.say(f"compiled in {clock_seconds:.1f} s")
+                clock.compile_seconds += seconds
+                progress.say(f"compiled in {seconds:.1f} s")
                 recorder.start_lap()
-            state, output = advance(state, dispatch.inputs, *constants)
-            step = dispatch.step + config.steps_per_dispatch
+            state, output = advance[steps](state, dispatch.inputs, *constants)
+            step = dispatch.step + steps
             if dispatch.ends_round:
                 state = end(state)
             recorder.push(dispatch, output)  # waits for the dispatch before, while this one runs

@@ -567,6 +567,16 @@ def test_tfds_in_other_files(tfds, tmp_path):
         inspect("mnist", data_dir=str(tmp_path))
 
 
+def test_tfds_with_broken_files(tfds, tmp_path):
+    builder = write_tfds(tfds, tmp_path, "mnist", {"train": (random_images(2, 28, 28, 1), [0, 1])})
+    (file,) = builder.data_path.glob("*array_record*")
+    file.write_bytes(file.read_bytes()[:-100])
+    for _ in ("torn", "missing"):
+        with pytest.raises(InputError, match=r"mnist/3.* = .*prepare the data set again"):
+            inspect("mnist", data_dir=str(tmp_path))
+        file.unlink(missing_ok=True)
+
+
 def test_tfds_without_images(tfds, tmp_path):
     class Words(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import subjaxprs
 
 from mocosfl_jax.core.dispatch import Images, Normalisation, Program, rate_schedule, run_dispatch
 from mocosfl_jax.core.queue import Queue, init_private_queues, init_queue
@@ -423,7 +424,7 @@ def test_without_a_sync_clients_part_and_with_one_they_agree():
 
 def products(jaxpr) -> int:
     """Convolutions and matrix products in a program, those of inner programs included."""
-    inner = (products(sub) for sub in jax.core.subjaxprs(jaxpr))
+    inner = (products(sub) for sub in subjaxprs(jaxpr))
     names = [equation.primitive.name for equation in jaxpr.eqns]
     return sum(name in ("conv_general_dilated", "dot_general") for name in names) + sum(inner)
 

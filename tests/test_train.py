@@ -86,6 +86,18 @@ def test_summary_and_metrics(whole):
     assert found[-1]["knn_top1"] == summary["knn_top1"]
 
 
+def test_resuming_in_mid_round_with_another_dispatch_length(npz, tmp_path, stop_at):
+    """Some of 6 steps are done one by one; dispatches of 4 then leave a shorter one at the end."""
+    stop_at(1)
+    with pytest.raises(Interrupted):
+        run(tmp_path, npz, rounds=1, steps_per_dispatch=1)
+    done = len(lines(tmp_path)) - 1
+    assert 0 < done < 6
+    run(tmp_path, npz, rounds=1, steps_per_dispatch=3)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(7))
+    assert int(final_state(tmp_path, npz, rounds=1).step) == 6
+
+
 def test_queue_pointer_and_step_count(whole, npz):
     state = final_state(whole, npz)
     assert int(state.step) == 18
@@ -93,20 +105,29 @@ def test_queue_pointer_and_step_count(whole, npz):
     assert int(state.queue.ptr) == 18 * 24 % 32
 
 
-@pytest.mark.parametrize("stop_at", [3, 6, 9])
-def test_sigterm_saves_and_resuming_is_bit_identical(whole, npz, tmp_path, monkeypatch, stop_at):
-    """Stopped in the middle of a round, at its end, and in the middle of the next."""
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Sends SIGTERM, once, when so many steps are logged; the dispatch behind still finishes."""
     advance = Progress.advance
 
-    def advance_and_stop(self, steps, loss, images_per_second):
-        advance(self, steps, loss, images_per_second)
-        if self._step == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def arm(step: int) -> None:
+        def advance_and_stop(self, steps, loss, images_per_second):
+            advance(self, steps, loss, images_per_second)
+            if self._step == step:
+                monkeypatch.undo()
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "advance", advance_and_stop)
-        with pytest.raises(Interrupted):
-            run(tmp_path, npz)
+        monkeypatch.setattr(Progress, "advance", advance_and_stop)
+
+    return arm
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_sigterm_saves_and_resuming_is_bit_identical(whole, npz, tmp_path, stop_at, step):
+    """Stopped in the middle of a round, at its end, and in the middle of the next."""
+    stop_at(step)
+    with pytest.raises(Interrupted):
+        run(tmp_path, npz)
     assert not (tmp_path / "summary.json").exists()
     run(tmp_path, npz)
     assert without_speed(lines(tmp_path)) == without_speed(lines(whole))

@@ -159,13 +159,14 @@ def train_step(
         )(cohort.params, cohort.buffers, client_grad)
         cohort = cohort.replace(params=client_params, buffers=client_buffers)
 
-    # 6. Sync.
-    cohort = jax.lax.cond(
-        sync_now,
-        lambda c: sync(c, batch.sync_weight, method.align_momentum, method.axis_name),
-        lambda c: c,
-        cohort,
-    )
+    # 6. Sync. Frozen clients stay alike without one.
+    if not method.frozen_clients:
+        cohort = jax.lax.cond(
+            sync_now,
+            lambda c: sync(c, batch.sync_weight, method.align_momentum, method.axis_name),
+            lambda c: c,
+            cohort,
+        )
     state = state.replace(
         step=state.step + 1,
         cohort=cohort,

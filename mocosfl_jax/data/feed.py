@@ -38,10 +38,13 @@ def dispatches(
 ) -> Iterator[Dispatch]:
     """All dispatches from a step on; a function of the config and the step alone.
 
+    Each has `steps_per_dispatch` steps; only a round that was begun with another value of it may
+    end with a shorter one.
+
     Args:
       images: uint8 (n, H, W, 3), the train split.
       partition, sampler: who holds which images, and who is drawn.
-      start_step: where a dispatch starts.
+      start_step: steps taken before.
     """
     size = config.steps_per_dispatch
     sync_steps = np.array(config.sync_steps)
@@ -53,7 +56,7 @@ def dispatches(
         )
         weight = partition.sizes[cohort] if config.sync_weights == "size" else np.ones(len(cohort))
         for start in range(offset, config.steps_per_round, size):
-            steps = slice(start, start + size)
+            steps = slice(start, min(start + size, config.steps_per_round))
             inputs = Images(
                 images=images[image_ids[steps]],
                 mask=mask[steps],

@@ -45,7 +45,12 @@ def prepare(request: Request) -> Prepared:
     root = Path(request.location).expanduser()
     if not root.is_dir():
         raise InputError("config.dataset", request.dataset, "an existing folder is needed")
-    train, test = _find_splits(root, request)
+    try:
+        train, test = _find_splits(root, request)
+    except OSError as error:
+        raise InputError(
+            str(error.filename), error.strerror, "a readable folder is needed"
+        ) from None
     for _ in _in_threads(_check_header, train.paths + (test.paths if test else [])):
         pass
     size = request.image_size
@@ -130,7 +135,10 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(root, onerror=fail):
         subfolders[:] = [name for name in subfolders if name[0] != "."]
         yield from (Path(folder, name) for name in names if _is_image(name))
 

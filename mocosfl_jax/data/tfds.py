@@ -22,12 +22,26 @@ _BATCH = 500  # records decoded at once
 
 
 class _Part(NamedTuple):
-    """A split as TFDS names it, such as `train[:5000]`; source: its records, in their order."""
+    """A split as TFDS names it, such as `train[:5000]`.
+
+    source: its records, in their order. num_records: how many. folder: where its files lie.
+    """
 
     name: str
     source: Any
+    num_records: int
+    folder: str
     image_key: str
     label_key: str | None
+
+    def records(self, ids: range) -> list[dict[str, Any]]:
+        """Raises: InputError: files that are missing or broken."""
+        try:
+            return self.source.__getitems__(ids)
+        except Exception as error:  # RuntimeError of ArrayRecord, any of the image decoders
+            reason = str(error) or type(error).__name__
+            allowed = "intact files are needed: delete the folder and prepare the data set again"
+            raise InputError(self.folder, reason, allowed) from None
 
 
 def prepare(request: Request) -> Prepared:
@@ -45,15 +59,15 @@ def prepare(request: Request) -> Prepared:
         builder = _find_builder(request)
         image_key, label_key = _keys(builder, request)
         parts = [
-            _Part(name, _source(builder, name, field, request), image_key, label_key)
+            _Part(name, *_open(builder, name, field, request), image_key, label_key)
             for name, field in _split_names(builder, request)
         ]
-    labelled = [_first_label(part) >= 0 for part in parts]
-    classes = builder.info.features[label_key] if labelled[0] else None
+        first_labels = [_first_label(part) for part in parts]  # opens the files of each split
+    classes = builder.info.features[label_key] if first_labels[0] >= 0 else None
     info = DatasetInfo(
         name=request.dataset,
-        num_train=len(parts[0].source),
-        num_test=len(parts[1].source) if len(parts) > 1 else 0,
+        num_train=parts[0].num_records,
+        num_test=parts[1].num_records if len(parts) > 1 else 0,
         image_size=_store_size(builder.info.features[image_key].shape, request),
         num_classes=classes.num_classes if classes else None,
     )
@@ -149,8 +163,8 @@ def _split_names(builder: Any, request: Request) -> list[tuple[str, str]]:
     return splits + ([(test, "config.test_split")] if test else [])
 
 
-def _source(builder: Any, split: str, field: str, request: Request) -> Any:
-    """The records of a split."""
+def _open(builder: Any, split: str, field: str, request: Request) -> tuple[Any, int, str]:
+    """Records of a split, their number and their folder."""
     try:
         count = builder.info.splits[split].num_examples
     except (KeyError, ValueError):
@@ -160,7 +174,7 @@ def _source(builder: Any, split: str, field: str, request: Request) -> Any:
         allowed = f"a split of {names}, or a slice of one that is not empty, is needed"
         raise InputError(field, split, allowed)
     try:
-        return builder.as_data_source(split=split)
+        return builder.as_data_source(split=split), count, str(builder.data_dir)
     except NotImplementedError:
         allowed = (
             f"in {builder.data_dir} are no array_record files; with another config.data_dir, "
@@ -171,7 +185,8 @@ def _source(builder: Any, split: str, field: str, request: Request) -> Any:
 
 def _first_label(part: _Part) -> int:
     """Label of the first record; -1 if the data set has no classes."""
-    return -1 if part.label_key is None else int(part.source[0][part.label_key])
+    record = part.records(range(1))[0]
+    return -1 if part.label_key is None else int(record[part.label_key])
 
 
 def _store_size(shape: tuple[int | None, ...], request: Request) -> int:
@@ -186,11 +201,11 @@ def _store_size(shape: tuple[int | None, ...], request: Request) -> int:
 
 
 def _read(part: _Part, size: int) -> Split:
-    count = len(part.source)
+    count = part.num_records
     images = np.empty((count, size, size, 3), np.uint8)
     labels = np.full(count, -1, np.int32)
     for start in range(0, count, _BATCH):
-        records = part.source.__getitems__(range(start, min(start + _BATCH, count)))
+        records = part.records(range(start, min(start + _BATCH, count)))
         images[start : start + len(records)] = _squares([r[part.image_key] for r in records], size)
         if part.label_key is not None:
             labels[start : start + len(records)] = [r[part.label_key] for r in records]
