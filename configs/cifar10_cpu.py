@@ -2,8 +2,9 @@
 
     python -m mocosfl_jax.main --config configs/cifar10_cpu.py --workdir runs/cifar10_cpu
 
-A network of one block a stage, 32 to 256 channels, whose stem halves the image; a head and a queue
-of 128 columns. docs/results/cifar10_cpu.md says how long it takes and what comes out.
+A network of one block a stage, 32 to 256 channels, whose stem halves the image; a head of 128
+columns and a queue of 2,000 keys. Four epochs of this network do not learn from views as hard as the
+paper's (blur, crops of 8 % of the area), so views are milder: no blur, crops of at least 20 %.
 """
 
 from ml_collections import ConfigDict
@@ -21,5 +22,8 @@ def get_config() -> ConfigDict:
     config.blocks_per_stage = (1, 1, 1, 1)
     config.stem = "3x3s2"
     config.head_width = 128
+    config.queue_length = 2000
+    config.augmentation = "v1"
+    config.crop_min_scale = 0.2
     config.knn_every = 1
     return config
