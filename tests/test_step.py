@@ -16,6 +16,7 @@ from mocosfl_jax.core.queue import Queue, init_private_queues, init_queue
 from mocosfl_jax.core.sgd import sgd
 from mocosfl_jax.core.state import TrainState, begin_round, create_state, end_round
 from mocosfl_jax.core.step import Batch, Method, Rates, StepOutput, train_step
+from mocosfl_jax.core.sync import sync
 from mocosfl_jax.data.augment import AugmentConfig, two_views
 from mocosfl_jax.models.split import SplitModel, Variables, build_model
 
@@ -217,7 +218,9 @@ def reference_gradients(
     return value, accuracy, latent_grad, grads, new_keys, (online_stats, momentum_stats)
 
 
-def reference_step(method: Method, world: World, ids: list[int], batch: Batch, rates: Rates, sync):
+def reference_step(
+    method: Method, world: World, ids: list[int], batch: Batch, rates: Rates, sync_now: bool
+):
     """Takes one step in place. Slots without a client and rows without an image do not exist."""
     slots = [slot for slot, i in enumerate(ids) if i < CLIENTS]
     ids = [ids[slot] for slot in slots]
@@ -258,7 +261,7 @@ def reference_step(method: Method, world: World, ids: list[int], batch: Batch, r
         world.params[i], world.buffers[i] = sgd_by_hand(
             world.params[i], world.buffers[i], grad, rates.client
         )
-    if sync:
+    if sync_now:
         weights = [float(batch.sync_weight[slot]) for slot in slots]
         world.params = [average([world.params[i] for i in ids], weights)] * CLIENTS
         if method.align_momentum:
@@ -438,30 +441,31 @@ def products(jaxpr) -> int:
 
 
 def test_frozen_clients_have_no_backward_pass_and_stay():
-    method = tiny_method("server")
+    method = tiny_method("server", aligned=True)
     frozen = replace(method, frozen_clients=True)
-    state = begin_round(tiny_state(method, shared=True), jnp.asarray([4, 1, 3], jnp.int32), False)
+    state = begin_round(tiny_state(method, shared=True), jnp.asarray([4, 1, 3], jnp.int32), True)
     batch = one_batch(0, [[True] * BATCH] * 3, [1.0, 1.0, 1.0])
+    cohort, latents = state.cohort, jax.vmap(method.model.latents)
 
-    def backward(params, images, cotangent):
-        return jax.vjp(lambda p: method.model.latents(p, images), params)[1](cotangent)
+    def count(function, *arguments):
+        return products(jax.make_jaxpr(function)(*arguments).jaxpr)
 
-    latents = jax.vmap(method.model.latents)
-    arguments = (state.cohort.params, batch.query)
-    forward_count = products(jax.make_jaxpr(latents)(*arguments).jaxpr)
-    cotangent = latents(*arguments)
-    both_count = products(jax.make_jaxpr(jax.vmap(backward))(*arguments, cotangent).jaxpr)
-    counts = [
-        products(
-            jax.make_jaxpr(train_step, static_argnums=0)(m, state, batch, rates(1, 1), True).jaxpr
-        )
+    def forward_and_backward(params, images):
+        value, pull = jax.vjp(lambda p: latents(p, images), params)
+        return pull(value)
+
+    forward = count(latents, cohort.params, batch.query)
+    backward = count(forward_and_backward, cohort.params, batch.query) - forward
+    averages = count(lambda c: sync(c, batch.sync_weight, True), cohort)
+    trained, untrained = (
+        count(lambda s, m=m: train_step(m, s, batch, rates(0.05, 0.0), True), state)
         for m in (method, frozen)
-    ]
-    assert 0 < forward_count < both_count
-    assert counts[0] - counts[1] == both_count - forward_count
+    )
+    assert forward == 3 and backward == 6  # a kernel's and an input's gradient for each forward one
+    assert trained - untrained == backward + averages
 
-    after, _ = STEP(frozen, state, batch, rates(0.05, 0.0), False)
-    expected, _ = STEP(method, state, batch, rates(0.05, 0.0), False)
+    after, _ = STEP(frozen, state, batch, rates(0.05, 0.0), True)
+    expected, _ = STEP(method, state, batch, rates(0.05, 0.0), True)
     assert_equal(after.cohort.params, state.cohort.params)
     assert_equal(after.cohort.buffers, state.cohort.buffers)
     assert_close(after.cohort.momentum, expected.cohort.momentum, "momentum", 1e-6)
