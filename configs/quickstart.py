@@ -17,10 +17,12 @@ def get_config() -> ConfigDict:
     config.classes_per_client = 2
     config.epochs = 4
     config.width = 32
-    config.blocks_per_stage = (1, 1, 1, 1)
+    config.blocks_per_stage = (1, 1, 1)
     config.stem = "3x3s2"
     config.head_width = 128
-    config.queue_length = 2000
+    config.queue_length = 1000
+    config.augmentation = "v1"
+    config.crop_min_scale = 0.3
     config.knn_every = 1
     config.probe_epochs = 20
     return config

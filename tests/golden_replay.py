@@ -237,7 +237,7 @@ def replay_trajectory(config: dict[str, Any], golden: Golden) -> Errors:
     errors: Errors = {}
 
     def worst(name: str, error: float) -> None:
-        errors[name] = max(errors.get(name, 0.0), error)
+        errors[name] = float(np.maximum(errors.get(name, 0.0), error))  # NaN stays
 
     synced = True
     for step, cohort in enumerate(cohorts):
@@ -288,7 +288,9 @@ def replay(path: str | Path) -> Errors | None:
         golden = {name: file[name] for name in file.files}
     config = json.loads(str(golden["config"]))
     run = REPLAYS.get(config["kind"])
-    return None if run is None else run(config, golden)
+    if run is None:
+        return None
+    return {name: float(np.nan_to_num(e, nan=np.inf)) for name, e in run(config, golden).items()}
 
 
 def main(paths: list[str]) -> int:

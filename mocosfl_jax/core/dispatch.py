@@ -97,7 +97,8 @@ def run_dispatch(
 
     steps = tuple(jnp.asarray(x) for x in (inputs.images, inputs.mask, inputs.sync_now))
     state, (loss, accuracy) = jax.lax.scan(one_step, state, steps)
-    return state, DispatchOutput(loss, accuracy, _all_finite((loss, state.server, state.cohort)))
+    finite = _all_finite((loss, state.server, state.cohort), program.method.axis_name)
+    return state, DispatchOutput(loss, accuracy, finite)
 
 
 def _augmented(
@@ -123,7 +124,10 @@ def _augmented(
     return query, key
 
 
-def _all_finite(tree) -> jax.Array:
-    """Whether every float in the tree is finite, () bool."""
+def _all_finite(tree, axis_name: str | None) -> jax.Array:
+    """Whether every float in the tree is finite, on all devices of the axis, () bool."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()
+    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()
+    if axis_name is None:
+        return finite
+    return jax.lax.pmin(finite.astype(jnp.int32), axis_name) == 1

@@ -138,7 +138,7 @@ def train_step(
 
     (_, result), (server_grad, latent_grad_R) = jax.value_and_grad(
         mean_loss, argnums=(0, 1), has_aux=True
-    )(server.params, query_R)
+    )(_of_this_device(server.params, method.axis_name), query_R)
     server_grad = _sum_over_devices(server_grad, method.axis_name)
 
     # 4. Enqueue, the second direction's keys first.
@@ -191,6 +191,11 @@ def _sum_over_devices(tree, axis_name: str | None):
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
+def _of_this_device(tree, axis_name: str | None):
+    """The same values, but a gradient with respect to them stays the one of this device's rows."""
+    return tree if axis_name is None else jax.lax.pcast(tree, axis_name, to="varying")
+
+
 def _enqueue(
     state: TrainState, keys: tuple[jax.Array, ...], mask_R: jax.Array, axis_name: str | None
 ) -> TrainState:
@@ -205,7 +210,8 @@ def _enqueue(
     keys_VRD, mask_VR = jnp.stack(keys), jnp.stack([mask_R] * len(keys))
     if axis_name is not None:
         keys_VRD, mask_VR = (
-            jax.lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (keys_VRD, mask_VR)
+            jax.lax.all_gather(x, axis_name, axis=1, tiled=True, to="invarying")
+            for x in (keys_VRD, mask_VR)
         )
     queue = enqueue(state.queue, keys_VRD.reshape(-1, keys_VRD.shape[-1]), mask_VR.reshape(-1))
     return state.replace(queue=queue)

@@ -24,7 +24,7 @@ def average(tree_C: Any, weight_C: jax.Array, axis_name: str | None = None) -> A
     def mean(x: jax.Array) -> jax.Array:
         summed = jnp.tensordot(share_C, x, axes=1)
         if axis_name is not None:
-            summed = jax.lax.psum(summed, axis_name)
+            summed = jax.lax.pcast(jax.lax.psum(summed, axis_name), axis_name, to="varying")
         return jnp.broadcast_to(summed, x.shape)
 
     return jax.tree.map(mean, tree_C)
