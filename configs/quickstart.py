@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.dataset = "synthetic"
     config.num_clients = 20
     config.classes_per_client = 2
-    config.epochs = 4
+    config.epochs = 6
     config.width = 32
     config.blocks_per_stage = (1, 1, 1)
     config.stem = "3x3s2"
@@ -23,6 +23,6 @@ def get_config() -> ConfigDict:
     config.queue_length = 1000
     config.augmentation = "v1"
     config.crop_min_scale = 0.3
-    config.knn_every = 1
+    config.knn_every = 2
     config.probe_epochs = 20
     return config
