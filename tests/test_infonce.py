@@ -114,7 +114,7 @@ def test_contrast_sums_the_rows_that_count_each_against_its_own_queue(groups):
     keys, queue = (unit(1, rows), unit(2, rows)), unit(3, groups, 5)
     keys[1][:2] = np.asarray(normalize(model_output(model, variables, views[1])))[:2]
     mask = np.array([True, False, True, True, True, False])
-    result = contrast(
+    result = jax.jit(contrast, static_argnums=0)(
         model, variables.server, variables.stats, views, keys, queue, jnp.asarray(mask), 0.2
     )
 

@@ -478,9 +478,9 @@ def test_frozen_clients_have_no_backward_pass_and_stay():
 
 def test_jit_equals_eager():
     model = tiny_model("V1", blocks_per_stage=(), width=4, cut=1)
-    method = tiny_method("server", True, model=model)
-    state = begin_round(tiny_state(method, shared=False), jnp.asarray([4, 1, 3], jnp.int32), True)
-    batch = one_batch(0, [[True, True], [False, True], [True, True]], [1.0, 2.0, 3.0])
+    method = tiny_method("one_way", True, model=model)
+    state = begin_round(tiny_state(method, shared=True), jnp.asarray([4, 1, 3], jnp.int32), True)
+    batch = one_batch(0, MASK, [1.0, 2.0, 3.0])
     arguments = (method, state, batch, rates(0.05, 0.02), True)
     assert_close(STEP(*arguments), train_step(*arguments), "jit", 1e-5)
 
