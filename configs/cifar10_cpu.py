@@ -4,8 +4,9 @@
 
 A network of three stages of one block, 32 to 128 channels, whose stem halves the image (a fourth
 stage would normalise maps of 2x2 pixels, and lose most of what they say); a head of 128 columns and
-a queue of 2,000 keys. Few epochs do not teach it much from views as hard as the paper's (blur,
-crops of 8 % of the area), so views are milder: no blur, crops of at least 20 %.
+a queue of 2,000 keys. Views are milder than the paper's (no blur, crops of at least 20 %). With
+four stages, the paper's views and 6,000 keys gave kNN 29.5 % after 2,000 steps; these views and
+2,000 keys 43.0 % after 1,000 (what each of the two changes did was not separated).
 """
 
 from ml_collections import ConfigDict
