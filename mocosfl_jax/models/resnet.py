@@ -93,10 +93,15 @@ class StandardizedConv(nn.Module):
 
 
 def group_norm(x_BHWC: jax.Array, name: str) -> jax.Array:
-    """GroupNorm with 4 channels a group, computed in float32, given back in the dtype of x."""
+    """GroupNorm with 4 channels a group, computed in float32, given back in the dtype of x.
+
+    The variance is that of the centred values. mean(x^2) - mean(x)^2 is a third faster on a CPU,
+    but its rounding doubles the distance to the parity tests' float64 trajectories.
+    """
     norm = nn.GroupNorm(
         num_groups=None,
         group_size=CHANNELS_PER_GROUP,
+        use_fast_variance=False,
         epsilon=1e-5,
         dtype=jnp.float32,
         name=name,
