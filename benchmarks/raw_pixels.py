@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mocosfl_jax.build import data_options
-from mocosfl_jax.config import Config, check_types, resolve
+from mocosfl_jax.config import Config, check_types
 from mocosfl_jax.data.dataset import channel_stats
 from mocosfl_jax.data.sources import inspect_dataset, load_dataset
 from mocosfl_jax.evaluation.protocols import (
@@ -24,6 +24,7 @@ from mocosfl_jax.evaluation.protocols import (
     knn_monitor,
     probe,
 )
+from mocosfl_jax.resolve import resolve
 
 
 def raw_splits(train: LabelledImages, test: LabelledImages) -> Splits:

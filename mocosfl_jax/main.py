@@ -75,8 +75,9 @@ def _parse(argv: list[str]) -> flags.FlagValues:
 def _run(raw: ConfigDict, path: str, dry_run: bool) -> int:
     # Imported here so that a typing mistake on the command line is answered at once.
     from mocosfl_jax.build import data_options
-    from mocosfl_jax.config import check_types, resolve
+    from mocosfl_jax.config import check_types
     from mocosfl_jax.data.sources import inspect_dataset, load_dataset
+    from mocosfl_jax.resolve import resolve
 
     config = check_types(raw)
     options = data_options(config)

@@ -8,9 +8,10 @@ import pytest
 from ml_collections import ConfigDict
 
 import mocosfl_jax
-from mocosfl_jax.config import EXECUTION_FIELDS, Config, check_types, default_config, resolve
+from mocosfl_jax.config import EXECUTION_FIELDS, Config, check_types, default_config
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.resolve import resolve
 
 CIFAR10 = DatasetInfo(
     name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10

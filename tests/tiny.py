@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from mocosfl_jax.build import data_options
-from mocosfl_jax.config import Config, check_types, default_config, resolve
+from mocosfl_jax.config import Config, check_types, default_config
 from mocosfl_jax.data.sources import Dataset, inspect_dataset, load_dataset
+from mocosfl_jax.resolve import resolve
 
 FIELDS = {
     "num_clients": 4,

@@ -1,0 +1,269 @@
+"""From a typed config to one without gaps: the paper's rules for unset fields, and all checks.
+
+A field that is set is never overridden; a set field that cannot hold is an `InputError`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from mocosfl_jax.config import Config
+from mocosfl_jax.core.step import LOSSES
+from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.models.bottleneck import parse_bottleneck
+from mocosfl_jax.models.heads import HEADS
+from mocosfl_jax.models.resnet import ARCHITECTURES, CHANNELS_PER_GROUP, STEMS
+
+
+def resolve(config: Config, info: DatasetInfo) -> Config:
+    """Fills every unset field and checks all of them together.
+
+    Args:
+      config: from `check_types`.
+      info: of the data set that the config names.
+    Raises: InputError: a value that cannot hold, alone or beside the others.
+    """
+    _check_ranges(config)
+    _check_model(config)
+    filled = _fill(config, info)
+    _check_ranges(filled)
+    _check_clients(filled, info)
+    _check_schedule(filled)
+    _check_images(filled)
+    _check_queue(filled)
+    return filled
+
+
+# ---------------------------------------------------------------------------------------- rules
+
+
+def _fill(config: Config, info: DatasetInfo) -> Config:
+    """One rule an unset field, in the order in which they depend on each other."""
+
+    def fill(name: str, value: Any) -> None:
+        nonlocal config
+        if getattr(config, name) is None:
+            config = dataclasses.replace(config, **{name: value})
+
+    v1 = config.head == "V1"
+    fill("image_size", info.image_size)
+    fill("cohort_size", min(config.num_clients, 100))
+    fill("batch_size", max(1, config.total_batch // max(1, config.cohort_size)))
+    rows = config.cohort_size * config.batch_size
+    if config.steps_per_round is None:
+        fill("rounds", math.ceil(config.epochs * config.num_clients / max(1, config.cohort_size)))
+        steps = info.num_train // max(1, config.num_clients * config.batch_size)
+        fill("steps_per_round", max(1, steps))
+    images_a_round = max(1, config.steps_per_round * rows)
+    fill("rounds", max(1, round(config.epochs * info.num_train / images_a_round)))
+    syncs = 1000 // max(1, config.batch_size * config.num_clients)
+    fill("syncs_per_round", min(max(1, syncs), config.steps_per_round))
+    fill("blocks_per_stage", ARCHITECTURES[config.backbone].blocks_per_stage)
+    fill("stem", _stem(config.image_size))
+    fill("head_width", HEADS[config.head].width)
+    fill("loss", "one_way" if v1 else "server")
+    fill("client_learning_rate", config.learning_rate)
+    fill("schedule", "step" if v1 else "cosine")
+    fill("augmentation", "v1" if v1 else "v2")
+    taps = max(9, config.image_size // 10 // 2 * 2 + 1)
+    fill("blur_kernel_size", min(taps, 2 * config.image_size - 1))
+    fill("knn_every", max(1, config.rounds // 10))
+    fill("steps_per_dispatch", _largest_divisor(config.steps_per_round, 10))
+    fill("checkpoint_every", max(1, config.rounds // 20))
+    return config
+
+
+def _stem(image_size: int) -> str:
+    if image_size >= 128:
+        return "7x7s2"
+    return "3x3s2" if image_size == 64 else "3x3s1"
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0) if number > 0 else 1
+
+
+# --------------------------------------------------------------------------------------- checks
+
+_CHOICES = {
+    "sync_weights": ("equal", "size"),
+    "backbone": tuple(ARCHITECTURES),
+    "stem": tuple(STEMS),
+    "head": tuple(HEADS),
+    "compute_dtype": ("float32", "bfloat16"),
+    "loss": LOSSES,
+    "schedule": ("cosine", "step", "constant"),
+    "augmentation": ("v1", "v2"),
+}
+
+_AT_LEAST_1 = (
+    "image_size",
+    "num_clients",
+    "classes_per_client",
+    "cohort_size",
+    "batch_size",
+    "total_batch",
+    "epochs",
+    "steps_per_round",
+    "rounds",
+    "syncs_per_round",
+    "width",
+    "cut",
+    "head_width",
+    "queue_length",
+    "blur_kernel_size",
+    "knn_k",
+    "probe_batch_size",
+    "steps_per_dispatch",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_batch_size",
+)
+_AT_LEAST_0 = (
+    "learning_rate",
+    "client_learning_rate",
+    "weight_decay",
+    "knn_every",
+    "probe_epochs",
+    "seed",
+)
+_ABOVE_0 = ("dirichlet_alpha", "temperature", "probe_learning_rate")
+_FROM_0_BELOW_1 = ("holdout_fraction", "ema", "momentum")
+
+
+def _check_ranges(config: Config) -> None:
+    """Each set field by itself."""
+
+    def check(name: str, passes: bool, allowed: str) -> None:
+        if not passes:
+            raise InputError(f"config.{name}", getattr(config, name), allowed)
+
+    values = {name: value for name, value in vars(config).items() if value is not None}
+    for name, choices in _CHOICES.items():
+        if name in values:
+            check(name, values[name] in choices, f"one of {', '.join(choices)} is needed")
+    rules: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+        (_AT_LEAST_1, lambda x: x >= 1, "at least 1 is needed"),
+        (_AT_LEAST_0, lambda x: x >= 0, "at least 0 is needed"),
+        (_ABOVE_0, lambda x: x > 0, "a number above 0 is needed"),
+        (_FROM_0_BELOW_1, lambda x: 0 <= x < 1, "a number in [0, 1) is needed"),
+        (("crop_min_scale",), lambda x: 0 < x <= 1, "a number in (0, 1] is needed"),
+        (("blur_kernel_size",), lambda x: x % 2 == 1, "an odd number is needed"),
+        (("knn_temperature",), lambda x: x >= 0.02, "at least 0.02 is needed: float32 overflows"),
+        (("seed",), lambda x: x < 2**32, "a number below 2**32 is needed"),
+    )
+    for names, holds, allowed in rules:
+        for name in names:
+            if name in values:
+                check(name, holds(values[name]), allowed)
+    for name in ("mean", "std"):
+        if name in values:
+            numbers = all(isinstance(x, int | float) for x in values[name])
+            check(name, len(values[name]) == 3 and numbers, "three numbers are needed")
+    if config.std is not None:
+        check("std", min(config.std) > 0, "numbers above 0 are needed")
+    if config.blocks_per_stage is not None:
+        counts = config.blocks_per_stage
+        passes = len(counts) > 0 and all(isinstance(x, int) and x >= 1 for x in counts)
+        check("blocks_per_stage", passes, "one count of at least 1 a stage is needed")
+
+
+def _check_model(config: Config) -> None:
+    if config.width % CHANNELS_PER_GROUP:
+        raise InputError(
+            "config.width", config.width, f"a multiple of {CHANNELS_PER_GROUP} is needed"
+        )
+    blocks = config.blocks_per_stage or ARCHITECTURES[config.backbone].blocks_per_stage
+    units = 1 + sum(blocks)
+    if config.cut > units:
+        raise InputError("config.cut", config.cut, f"the network has {units} units: 1 to {units}")
+    try:
+        parse_bottleneck(config.bottleneck)
+    except ValueError as error:
+        raise InputError("config.bottleneck", config.bottleneck, str(error)) from None
+
+
+def _check_clients(config: Config, info: DatasetInfo) -> None:
+    clients = config.num_clients
+    if clients > info.num_train:
+        raise InputError(
+            "config.num_clients", clients, f"at most one client an image: 1 to {info.num_train}"
+        )
+    if config.cohort_size > clients:
+        raise InputError(
+            "config.cohort_size", config.cohort_size, f"at most config.num_clients: 1 to {clients}"
+        )
+    if config.classes_per_client is not None and config.dirichlet_alpha is not None:
+        raise InputError(
+            "config.dirichlet_alpha",
+            config.dirichlet_alpha,
+            "set this or config.classes_per_client, not both",
+        )
+    for name in ("classes_per_client", "dirichlet_alpha"):
+        value = getattr(config, name)
+        if value is not None and info.num_classes is None:
+            raise InputError(
+                f"config.{name}", value, "images without labels can only be IID: unset"
+            )
+    classes = config.classes_per_client
+    if classes is not None and info.num_classes is not None and classes > info.num_classes:
+        raise InputError(
+            "config.classes_per_client", classes, f"the data set has {info.num_classes} classes"
+        )
+    if classes is not None and clients * classes > info.num_train:
+        raise InputError(
+            "config.classes_per_client",
+            classes,
+            f"{clients} clients * {classes} shards exceed {info.num_train} images",
+        )
+
+
+def _check_schedule(config: Config) -> None:
+    steps = config.steps_per_round
+    if config.syncs_per_round > steps:
+        raise InputError(
+            "config.syncs_per_round", config.syncs_per_round, f"at most one a step: 1 to {steps}"
+        )
+    if steps % config.steps_per_dispatch:
+        raise InputError(
+            "config.steps_per_dispatch",
+            config.steps_per_dispatch,
+            f"a divisor of config.steps_per_round = {steps} is needed",
+        )
+
+
+def _check_images(config: Config) -> None:
+    """What depends on the size of images: the blur's reflect padding, and the bottleneck."""
+    if config.blur_kernel_size >= 2 * config.image_size:
+        raise InputError(
+            "config.blur_kernel_size",
+            config.blur_kernel_size,
+            f"below twice config.image_size = {config.image_size} is needed",
+        )
+    shape = config.bottleneck_shape
+    if shape is None:
+        return
+    size = math.ceil(config.image_size / STEMS[config.stem].stride)
+    for stage in range(1, len(config.blocks_per_stage)):
+        if config.cut > 1 + sum(config.blocks_per_stage[:stage]):  # the stage's first block halves
+            size = math.ceil(size / 2)
+    if size % shape.stride:
+        raise InputError(
+            "config.bottleneck",
+            config.bottleneck,
+            f"latents at cut {config.cut} are {size} pixels wide, no multiple of {shape.stride}",
+        )
+
+
+def _check_queue(config: Config) -> None:
+    length, owner = config.queue_length, "step"
+    if not config.feature_sharing:
+        length, owner = config.queue_length // config.num_clients, "step and client"
+    if config.keys_per_step > length:
+        raise InputError(
+            "config.queue_length",
+            config.queue_length,
+            f"the queue has {length} rows but one {owner} brings {config.keys_per_step} keys",
+        )
