@@ -101,7 +101,7 @@ class Bench:
         self.views = jnp.asarray(rng.standard_normal((2, *shape), dtype=np.float32))
         self.mask = jnp.ones(shape[:2], bool)
         self.weight = jnp.ones(config.cohort_size)
-        self.state = initial_state(config, self.program.method)
+        self.state = jax.jit(lambda: initial_state(config, self.program.method))()
         self.normalisation = Normalisation(jnp.full(3, 0.5), jnp.full(3, 0.25))
 
     def _compile(self, name: str, function: Callable, *args: Any) -> Callable:

@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-
 from mocosfl_jax.config import Config
+from mocosfl_jax.core.axes import NO_MESH, Axes
 from mocosfl_jax.core.dispatch import Program, rate_schedule
 from mocosfl_jax.core.queue import init_private_queues, init_queue
 from mocosfl_jax.core.sgd import sgd
@@ -13,14 +11,14 @@ from mocosfl_jax.core.state import TrainState, create_state
 from mocosfl_jax.core.step import Method
 from mocosfl_jax.data.augment import AugmentConfig
 from mocosfl_jax.data.dataset import Dataset
-from mocosfl_jax.data.partition import Partition, by_classes, dirichlet, iid
+from mocosfl_jax.data.partition import ClientImages, SharedImages, by_classes, dirichlet, iid
 from mocosfl_jax.data.sources import Options
 from mocosfl_jax.models.split import SplitModel, build_model
 from mocosfl_jax.randomness import Stream, device_key
 
 
-def model_of(config: Config) -> SplitModel:
-    """The split network."""
+def model_of(config: Config, row_axes: tuple[str, ...] = ()) -> SplitModel:
+    """The split network; `row_axes`: mesh axes over which server rows are spread."""
     return build_model(
         backbone=config.backbone,
         blocks_per_stage=config.blocks_per_stage,
@@ -32,6 +30,7 @@ def model_of(config: Config) -> SplitModel:
         head_width=config.head_width,
         image_size=config.image_size,
         compute_dtype=config.compute_dtype,
+        row_axes=row_axes,
     )
 
 
@@ -47,16 +46,18 @@ def data_options(config: Config) -> Options:
     }
 
 
-def program_of(config: Config) -> Program:
-    """What a dispatch computes."""
+def program_of(config: Config, axes: Axes = NO_MESH) -> Program:
+    """What a dispatch computes; `axes` of the mesh that it runs on, none on a single device."""
     method = Method(
-        model=model_of(config),
+        model=model_of(config, axes.rows),
         optimizer=sgd(config.momentum, config.weight_decay),
         loss=config.loss,
         temperature=config.temperature,
         ema=config.ema,
         align_momentum=config.align_momentum,
         frozen_clients=config.client_learning_rate == 0,
+        cohort_chunks=config.cohort_chunks,
+        axes=axes,
     )
     augment = dataclasses.replace(
         AugmentConfig.for_version(config.augmentation, config.image_size),
@@ -68,12 +69,7 @@ def program_of(config: Config) -> Program:
 
 
 def initial_state(config: Config, method: Method) -> TrainState:
-    """State before the first step, from the seed."""
-    state = jax.jit(lambda: _initial_state(config, method))()
-    return jax.tree.map(jnp.copy, state)  # momentum models share buffers, which donation forbids
-
-
-def _initial_state(config: Config, method: Method) -> TrainState:
+    """State before the first step, from the seed; pure."""
     variables = method.model.init(device_key(config.seed, Stream.INIT))
     key, length = device_key(config.seed, Stream.QUEUE), config.queue_length
     if config.feature_sharing:
@@ -88,12 +84,23 @@ def _initial_state(config: Config, method: Method) -> TrainState:
         cohort_size=config.cohort_size,
         feature_sharing=config.feature_sharing,
         align_momentum=config.align_momentum,
+        stateless=config.client_state == "stateless",
     )
 
 
-def partition_of(config: Config, dataset: Dataset) -> Partition:
+def partition_of(config: Config, dataset: Dataset) -> ClientImages:
     """Which client holds which training images."""
     labels, clients, seed = dataset.train.labels, config.num_clients, config.seed
+    if config.images_per_client is not None:
+        return SharedImages(
+            num_images=len(dataset.train.images),
+            labels=labels,
+            num_clients=clients,
+            images_per_client=config.images_per_client,
+            classes_per_client=config.classes_per_client,
+            alpha=config.dirichlet_alpha,
+            seed=seed,
+        )
     if config.classes_per_client is not None:
         return by_classes(labels, clients, config.classes_per_client, seed)
     if config.dirichlet_alpha is not None:

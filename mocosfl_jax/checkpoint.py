@@ -4,8 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 
@@ -16,6 +14,7 @@ class Clock:
     wall_seconds: from the start of each process. compile_seconds: tracing and compiling the
     dispatch. train_seconds: in dispatches, compile and evaluation excluded. trained_images: rows of
     the steps behind train_seconds. knn_top1_at_init: percent, of the untrained encoder.
+    monitored_step: step of the last kNN monitor.
     """
 
     wall_seconds: float = 0.0
@@ -23,6 +22,7 @@ class Clock:
     train_seconds: float = 0.0
     trained_images: int = 0
     knn_top1_at_init: float | None = None
+    monitored_step: int = 0
 
 
 class Checkpoints:
@@ -40,15 +40,15 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, clock: Clock) -> None:
-        """Starts a save; returns when the state may be changed or donated.
+        """Starts a save.
 
-        The copy is what is written: on CPU Orbax reads device buffers in place while the next
-        dispatch is already overwriting the donated state.
+        Args: state: a copy that is neither changed nor donated: Orbax reads its buffers while the
+          next dispatch runs, on CPU in place.
         """
         if step == self._manager.latest_step():
             return
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)),
+            state=ocp.args.StandardSave(state),
             clock=ocp.args.JsonSave(dataclasses.asdict(clock)),
         )
         self._manager.save(step, args=args, force=True)

@@ -47,6 +47,9 @@ class Config:
     # ------------------------------------------------------------------------------- clients
     # N, registered clients.
     num_clients: int = 100
+    # Images of each client, drawn by it alone, so that clients share images: with this there may be
+    # more clients than images. None: every image belongs to exactly one client.
+    images_per_client: int | None = None
     # Non-IID by shards: classes that each client is dealt (paper: 2 on CIFAR-10, 20 on CIFAR-100).
     # None: IID, unless dirichlet_alpha is set.
     classes_per_client: int | None = None
@@ -70,6 +73,10 @@ class Config:
     # Averagings of the client models a round, the last at its end. Rule: 1000 // (B * N), at least
     # 1 and at most steps_per_round (paper, appendix).
     syncs_per_round: int = RULE
+    # What a client keeps between rounds. `persistent`: its SGD buffers and, unless aligned, its
+    # momentum model, as the public code does; memory grows with N. `stateless`: nothing, buffers
+    # start a round at zero; memory grows with C only. It takes align_momentum and a shared queue.
+    client_state: str = "persistent"
     # Weights of a sync: `equal`, or `size` for the number of a client's images.
     sync_weights: str = "equal"
 
@@ -149,6 +156,16 @@ class Config:
     # --------------------------------------------------------------------------------------- run
     # Everything random derives from it.
     seed: int = 0
+    # Devices of the run, the first so many; clients are spread over them. None: all there are.
+    devices: int | None = None
+    # Devices that share one copy of the server's parameters, a divisor of their number.
+    server_shards: int = 1
+    # Parts of the cohort that a step runs one after the other, with summed gradients, where the
+    # activations of all at once exceed the device; 1 with head largeV2 (BatchNorm sees all rows).
+    cohort_chunks: int = 1
+    # Folder of compiled programs, which later runs reuse; `none` for none. The environment variable
+    # JAX_COMPILATION_CACHE_DIR goes before it.
+    compilation_cache: str = "~/.cache/mocosfl_jax"
     # Steps compiled into one dispatch; divides steps_per_round. Rule: its largest divisor up to 10.
     steps_per_dispatch: int = RULE
     # Rounds between checkpoints. Rule: a twentieth of the run.
@@ -187,6 +204,10 @@ class Config:
 EXECUTION_FIELDS = frozenset(
     {
         "data_dir",
+        "devices",
+        "server_shards",
+        "cohort_chunks",
+        "compilation_cache",
         "knn_every",
         "steps_per_dispatch",
         "checkpoint_every",

@@ -1,6 +1,8 @@
 """Command line: `python -m mocosfl_jax.main --config configs/X.py --workdir DIR`.
 
 Options: --config.FIELD=VALUE overrides a field of the config file; --dry_run prints what would run.
+On several hosts, one such command on each: --multihost takes their addresses from the environment
+(Slurm, Kubernetes, TPU, Open MPI); else --coordinator=HOST:PORT --num_processes=N --process_id=I.
 Exit status: 0 done; 1 the run failed; 2 bad input, one line on stderr; 143 stopped by a signal, the
 state saved, and the same command resumes.
 """
@@ -28,6 +30,10 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         "config", None, "Config file.", flag_values=values, sys_argv=argv
     )
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    flags.DEFINE_bool("multihost", False, "Join the processes of the cluster.", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "Processes of the run.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Of this process, from 0.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Print what would run, and stop.", flag_values=values)
     flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
     return values
@@ -40,6 +46,8 @@ def main(argv: list[str]) -> int:
         if values.help:
             print(__doc__)
             return 0
+        if not values.dry_run:
+            _join_processes(values)
         return _run(values.config, values.workdir, values.dry_run)
     except InputError as error:
         print(f"mocosfl_jax: {error}", file=sys.stderr)
@@ -72,6 +80,12 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     return values
 
 
+def _join_processes(values: flags.FlagValues) -> None:
+    from mocosfl_jax.processes import initialize
+
+    initialize(values.multihost, values.coordinator, values.num_processes, values.process_id)
+
+
 def _run(raw: ConfigDict, path: str, dry_run: bool) -> int:
     # Imported here so that a typing mistake on the command line is answered at once.
     from mocosfl_jax.build import data_options
@@ -86,10 +100,12 @@ def _run(raw: ConfigDict, path: str, dry_run: bool) -> int:
         _print_plan(config)
         return 0
 
+    from mocosfl_jax.processes import is_primary, use_compilation_cache
     from mocosfl_jax.train import Interrupted, NonFiniteError, train
     from mocosfl_jax.workdir import WorkDir
 
-    workdir = WorkDir(path)
+    use_compilation_cache(config.compilation_cache)
+    workdir = WorkDir(path, is_primary())
     try:
         summary = train(config, load_dataset(config.dataset, **options), workdir)
     except Interrupted as stop:
@@ -100,8 +116,9 @@ def _run(raw: ConfigDict, path: str, dry_run: bool) -> int:
         return 1
     finally:
         workdir.close()
-    for name, value in summary.items():
-        print(f"{name}: {value}")
+    if is_primary():
+        for name, value in summary.items():
+            print(f"{name}: {value}")
     return 0
 
 

@@ -12,6 +12,7 @@ from mocosfl_jax.config import Config
 from mocosfl_jax.core.client import client_forward
 from mocosfl_jax.core.dispatch import Program
 from mocosfl_jax.core.server import contrast
+from mocosfl_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Plan:
     bytes_up_per_client_round, bytes_down_per_client_round: what a participant sends and receives in
       a round of `steps_per_round` full batches: latents of both views; the gradient of its query
       latents; at each sync its model up and the average down. Frozen clients exchange latents only.
-    state_bytes: the train state. activation_bytes: what the backward pass of one step keeps.
+    state_bytes: the train state; client_bytes: what of it is kept for clients between rounds.
+    activation_bytes: what the backward pass of one step keeps.
     """
 
     client_params: int
@@ -30,6 +32,7 @@ class Plan:
     bytes_up_per_client_round: int
     bytes_down_per_client_round: int
     state_bytes: int
+    client_bytes: int
     activation_bytes: int
 
     @property
@@ -55,8 +58,23 @@ def plan(config: Config) -> Plan:
         bytes_up_per_client_round=config.steps_per_round * 2 * latent_bytes + sync_bytes,
         bytes_down_per_client_round=config.steps_per_round * gradient_bytes + sync_bytes,
         state_bytes=_bytes(state),
+        client_bytes=_bytes(state.population),
         activation_bytes=_activation_bytes(config, program, state),
     )
+
+
+def check_fits(config: Config, memory_bytes: int) -> None:
+    """Raises: InputError: the state and its copy at a save exceed the device's memory."""
+    sizes = plan(config)
+    needed = 2 * sizes.state_bytes
+    if needed > memory_bytes:
+        raise InputError(
+            "config.client_state",
+            config.client_state,
+            f"the state and its copy at a save take {needed / 1e9:.1f} GB, of which the clients'"
+            f" {2 * sizes.client_bytes / 1e9:.1f} GB, and the device has {memory_bytes / 1e9:.1f}"
+            " GB: stateless clients (with config.align_momentum) keep nothing between rounds",
+        )
 
 
 def _images(config: Config) -> jax.ShapeDtypeStruct:
@@ -105,9 +123,9 @@ def _activation_bytes(config: Config, program: Program, state: Any) -> int:
         state_stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.server.stats)
         return jax.vjp(loss, params)[1]
 
-    queues = jax.eval_shape(lambda s: s.queue_groups(), state)
+    queues = jax.eval_shape(lambda s: s.queue_groups(s.cohort), state)
     kept = jax.eval_shape(server, state.server.params, latents_R, embedding, queues)
-    return config.cohort_size * _bytes(residuals) + _bytes(kept)
+    return (config.cohort_size * _bytes(residuals) + _bytes(kept)) // config.cohort_chunks
 
 
 def _bytes(tree: Any) -> int:

@@ -13,17 +13,20 @@ SECONDS_BETWEEN_LINES = 20.0
 class Progress:
     """A bar with images/s and time left on a terminal, else a line now and then; on stdout."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, speaks: bool):
+        """speaks: whether this process is the one that prints."""
+        self._speaks = speaks
         self._total = config.total_steps
-        self._wanted = config.progress
+        self._wanted = config.progress and speaks
         self._bar: tqdm | None = None
         self._step = self._first_step = 0
         self._started = self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if self._speaks:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def start(self, step: int) -> None:
         """The loop starts at this step."""

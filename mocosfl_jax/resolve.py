@@ -33,6 +33,7 @@ def resolve(config: Config, info: DatasetInfo) -> Config:
     _check_schedule(filled)
     _check_images(filled)
     _check_queue(filled)
+    _check_scale(filled)
     return filled
 
 
@@ -88,6 +89,7 @@ def _largest_divisor(number: int, limit: int) -> int:
 # --------------------------------------------------------------------------------------- checks
 
 _CHOICES = {
+    "client_state": ("persistent", "stateless"),
     "sync_weights": ("equal", "size"),
     "backbone": tuple(ARCHITECTURES),
     "stem": tuple(STEMS),
@@ -101,6 +103,7 @@ _CHOICES = {
 _AT_LEAST_1 = (
     "image_size",
     "num_clients",
+    "images_per_client",
     "classes_per_client",
     "cohort_size",
     "batch_size",
@@ -116,6 +119,9 @@ _AT_LEAST_1 = (
     "blur_kernel_size",
     "knn_k",
     "probe_batch_size",
+    "devices",
+    "server_shards",
+    "cohort_chunks",
     "steps_per_dispatch",
     "checkpoint_every",
     "keep_checkpoints",
@@ -186,10 +192,19 @@ def _check_model(config: Config) -> None:
 
 
 def _check_clients(config: Config, info: DatasetInfo) -> None:
-    clients = config.num_clients
-    if clients > info.num_train:
+    clients, held = config.num_clients, config.images_per_client
+    shared = held is not None
+    if clients > info.num_train and not shared:
         raise InputError(
-            "config.num_clients", clients, f"at most one client an image: 1 to {info.num_train}"
+            "config.num_clients",
+            clients,
+            f"at most one client an image: 1 to {info.num_train}, or set config.images_per_client",
+        )
+    if held is not None and held > info.num_train:
+        raise InputError(
+            "config.images_per_client",
+            held,
+            f"the train split has {info.num_train} images",
         )
     if config.cohort_size > clients:
         raise InputError(
@@ -212,7 +227,7 @@ def _check_clients(config: Config, info: DatasetInfo) -> None:
         raise InputError(
             "config.classes_per_client", classes, f"the data set has {info.num_classes} classes"
         )
-    if classes is not None and clients * classes > info.num_train:
+    if classes is not None and not shared and clients * classes > info.num_train:
         raise InputError(
             "config.classes_per_client",
             classes,
@@ -266,4 +281,27 @@ def _check_queue(config: Config) -> None:
             "config.queue_length",
             config.queue_length,
             f"the queue has {length} rows but one {owner} brings {config.keys_per_step} keys",
+        )
+
+
+def _check_scale(config: Config) -> None:
+    """Which ways of carrying out a run its method allows."""
+    stateless = config.client_state == "stateless"
+    if stateless and not config.align_momentum:
+        raise InputError(
+            "config.client_state",
+            config.client_state,
+            "a client's own momentum model would be lost: set config.align_momentum",
+        )
+    if stateless and not config.feature_sharing:
+        raise InputError(
+            "config.client_state",
+            config.client_state,
+            "a client's private queue would be lost: persistent, or set config.feature_sharing",
+        )
+    if config.cohort_chunks > 1 and HEADS[config.head].batch_norm:
+        raise InputError(
+            "config.cohort_chunks",
+            config.cohort_chunks,
+            f"1 is needed with head {config.head}, whose BatchNorm sees all rows at once",
         )

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import resource
 import signal
@@ -13,22 +14,23 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mocosfl_jax import __version__
-from mocosfl_jax.build import initial_state, partition_of, program_of
+from mocosfl_jax.build import partition_of, program_of
 from mocosfl_jax.checkpoint import Checkpoints, Clock
 from mocosfl_jax.config import Config
-from mocosfl_jax.core.dispatch import DispatchOutput, Images, Normalisation, Program, run_dispatch
-from mocosfl_jax.core.state import TrainState, begin_round, end_round
+from mocosfl_jax.core.dispatch import DispatchOutput, Program
+from mocosfl_jax.core.state import TrainState
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset, channel_stats
 from mocosfl_jax.data.feed import Dispatch, dispatches, prefetch
-from mocosfl_jax.data.partition import Partition, describe
+from mocosfl_jax.data.partition import ClientImages, describe
 from mocosfl_jax.encoder import save_encoder
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.protocols import (
+    EvaluationData,
     Splits,
     encode_splits,
     evaluation_data,
@@ -36,10 +38,12 @@ from mocosfl_jax.evaluation.protocols import (
     probe,
 )
 from mocosfl_jax.models.split import Variables
-from mocosfl_jax.plan import plan
+from mocosfl_jax.placement import Placement, axes_of, make_placement
+from mocosfl_jax.plan import check_fits, plan
+from mocosfl_jax.processes import is_primary
 from mocosfl_jax.progress import Progress
-from mocosfl_jax.randomness import Stream, device_key
-from mocosfl_jax.workdir import Metrics, WorkDir, read_json, write_json
+from mocosfl_jax.rounds import Cohort, place_inputs, run_constants
+from mocosfl_jax.workdir import NoMetrics, WorkDir, open_metrics, read_json, write_json
 
 Summary = dict[str, Any]
 
@@ -65,33 +69,37 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
 
     # ------------------------------------------------------------------ what the config means
     config = with_channel_stats(config, dataset)
+    check_fits(config, memory_bytes())
+    placement = make_placement(config.devices, config.server_shards)
     partition = partition_of(config, dataset)
     sampler = CohortSampler(partition, config.cohort_size, config.seed)
     workdir.claim(dataclasses.asdict(config))
-    program = program_of(config)
-    progress = Progress(config)
+    program = program_of(config, axes_of(config.server_shards))
+    progress = Progress(config, is_primary())
     _describe(progress, partition, dataset)
 
     # ------------------------------------------------------------------------- start or resume
     checkpoints = Checkpoints(workdir.checkpoints_path, config.keep_checkpoints)
-    state, clock = initial_state(config, program.method), Clock()
+    cohort = Cohort(config, placement, program)
+    state, clock = cohort.initial_state(), Clock()
     if checkpoints.latest_step() is not None:
-        state, clock = checkpoints.restore(_abstract(state))
+        saved, clock = checkpoints.restore(cohort.abstract_unpadded(state))
+        state = cohort.padded(saved)
         progress.say(f"resumed at step {int(state.step)} of {config.total_steps}")
     step = int(state.step)
     if step == config.total_steps and workdir.summary_path.exists():
         checkpoints.close()
         progress.say("this run is complete")
         return read_json(workdir.summary_path)
-    metrics = Metrics(workdir, step, config.tensorboard)
+    metrics = open_metrics(workdir, step, config.tensorboard)
     recorder = Recorder(config, program, metrics, clock, progress)
-    evaluator = Evaluator(config, program, dataset, metrics, progress)
+    evaluator = Evaluator(config, placement, program, dataset, metrics, progress)
     wall_before = clock.wall_seconds
 
     def save(state: TrainState, step: int) -> None:
         metrics.flush()  # first: what a resume keeps must be on disk
         clock.wall_seconds = wall_before + time.monotonic() - started
-        checkpoints.save(step, state, clock)
+        checkpoints.save(step, cohort.unpadded(state), clock)
 
     with contextlib.ExitStack() as cleanup:
         for open_file in (checkpoints, metrics, progress):
@@ -99,38 +107,34 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
         stop = cleanup.enter_context(stop_requests())
         if step == 0:
             clock.knn_top1_at_init = evaluator.knn(state, 0)
-        elif monitor_due(config, step) and "knn_top1" not in metrics.last:
+        elif monitor_due(config, step) and clock.monitored_step < step:
             evaluator.knn(state, step)  # a signal came before it
+            clock.monitored_step = step
 
         # ------------------------------------------------------------------------------ the loop
-        align = config.align_momentum
-        begin = jax.jit(partial(begin_round, align_momentum=align), donate_argnums=0)
-        end = jax.jit(partial(end_round, align_momentum=align), donate_argnums=0)
-        constants = (
-            Normalisation(jnp.asarray(config.mean), jnp.asarray(config.std)),
-            device_key(config.seed, Stream.AUGMENT),
-        )
+        constants = run_constants(config, placement)
         advance: dict[int, Callable] = {}  # compiled dispatches by number of steps
         progress.start(step)
-        feed = dispatches(config, dataset.train.images, partition, sampler, step)
-        for dispatch in prefetch(feed, _to_device):
+        feed = dispatches(config, partition, sampler, cohort.slots, step)
+        to_device = partial(place_inputs, placement, dataset.train.images)
+        for dispatch, cohort_ids, inputs in prefetch(feed, to_device):
             if dispatch.begins_round:
-                state = begin(state, dispatch.cohort)
-            steps = len(dispatch.inputs.sync_now)
+                state = cohort.begin(state, cohort_ids)
+            steps = len(dispatch.sync_now)
             if steps not in advance:
                 recorder.drain()
                 advance[steps], seconds = compile_dispatch(
-                    program, state, dispatch.inputs, *constants
+                    placement.dispatch(program, state), state, inputs, *constants
                 )
                 clock.compile_seconds += seconds
                 progress.say(f"compiled in {seconds:.1f} s")
                 recorder.start_lap()
-            state, output = advance[steps](state, dispatch.inputs, *constants)
+            state, output = advance[steps](state, inputs, *constants)
             step = dispatch.step + steps
             if dispatch.ends_round:
-                state = end(state)
+                state = cohort.end(state)
             recorder.push(dispatch, output)  # waits for the dispatch before, while this one runs
-            if stop.requested:
+            if stop.requested(step):
                 recorder.drain()
                 save(state, step)
                 raise Interrupted(f"stopped at step {step} of {config.total_steps}, which is saved")
@@ -139,18 +143,22 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
             if monitor_due(config, step):
                 recorder.drain()
                 evaluator.knn(state, step)
+                clock.monitored_step = step
                 recorder.start_lap()
             if (dispatch.round + 1) % config.checkpoint_every == 0 or step == config.total_steps:
                 recorder.drain()  # raises before anything non-finite is saved
                 save(state, step)
-                save_encoder(workdir.encoder_path, config, variables_of(state))
+                variables = placement.fetch(variables_of(state))
+                if is_primary():
+                    save_encoder(workdir.encoder_path, config, variables)
                 recorder.start_lap()
 
         # ------------------------------------------------------------------------- at the end
         results = evaluator.final(state, step)
         clock.wall_seconds = wall_before + time.monotonic() - started
-        summary = summarize(config, clock, results)
-        write_json(workdir.summary_path, summary)
+        summary = summarize(config, clock, results, placement)
+        if is_primary():
+            write_json(workdir.summary_path, summary)
     return summary
 
 
@@ -187,18 +195,10 @@ def monitor_due(config: Config, step: int) -> bool:
     return rounds % config.knn_every == 0
 
 
-def compile_dispatch(
-    program: Program,
-    state: TrainState,
-    inputs: Images,
-    normalisation: Normalisation,
-    augment_key: jax.Array,
-) -> tuple[Callable[..., tuple[TrainState, DispatchOutput]], float]:
-    """The compiled dispatch, which donates the state, and the seconds that tracing and compiling
-    took."""
+def compile_dispatch(jitted: Any, *args: Any) -> tuple[Callable[..., Any], float]:
+    """The compiled dispatch, and the seconds that tracing and compiling took."""
     started = time.monotonic()
-    jitted = jax.jit(run_dispatch, static_argnums=0, donate_argnums=1)
-    compiled = jitted.lower(program, state, inputs, normalisation, augment_key).compile()
+    compiled = jitted.lower(*args).compile()
     return compiled, time.monotonic() - started
 
 
@@ -206,7 +206,7 @@ class Recorder:
     """Logs, clocks and checks dispatches, one behind the device so that it never idles."""
 
     def __init__(
-        self, config: Config, program: Program, metrics: Metrics, clock: Clock, progress: Progress
+        self, config: Config, program: Program, metrics: NoMetrics, clock: Clock, progress: Progress
     ):
         self._rows = config.cohort_size * config.batch_size
         self._rate = lambda step: config.learning_rate * float(program.schedule(step))
@@ -265,12 +265,13 @@ class Evaluator:
     def __init__(
         self,
         config: Config,
+        placement: Placement,
         program: Program,
         dataset: Dataset,
-        metrics: Metrics,
+        metrics: NoMetrics,
         progress: Progress,
     ):
-        self._config, self._model = config, program.method.model
+        self._config, self._model, self._placement = config, program.method.model, placement
         self._metrics, self._progress = metrics, progress
         self._data = evaluation_data(dataset)
         if isinstance(self._data, str):
@@ -280,7 +281,7 @@ class Evaluator:
         """kNN top-1 in percent, logged; None where it is skipped."""
         if isinstance(self._data, str):
             return None
-        splits = encode_splits(self._config, self._model, variables_of(state), self._data)
+        splits = self._encoded(state, self._data)
         return self._knn(splits, step, self._data.num_classes)
 
     def final(self, state: TrainState, step: int) -> dict[str, float | None]:
@@ -290,7 +291,7 @@ class Evaluator:
         )
         if isinstance(self._data, str):
             return results
-        splits = encode_splits(self._config, self._model, variables_of(state), self._data)
+        splits = self._encoded(state, self._data)
         results["knn_top1"] = self._knn(splits, step, self._data.num_classes)
         if self._config.probe_epochs:
             result = probe(self._config, splits, self._data.num_classes)
@@ -300,14 +301,20 @@ class Evaluator:
             self._metrics.add(step, linear_top1=result.top1_last)
         return results
 
+    def _encoded(self, state: TrainState, data: EvaluationData) -> Splits:
+        variables = variables_of(state)
+        return encode_splits(self._config, self._model, variables, data, self._placement)
+
     def _knn(self, splits: Splits, step: int, num_classes: int) -> float:
-        top1 = knn_monitor(self._config, splits, num_classes)
+        top1 = knn_monitor(self._config, splits, num_classes, self._placement)
         self._metrics.add(step, knn_top1=top1)
         self._progress.say(f"step {step} of {self._config.total_steps}: kNN {top1:.2f} %")
         return top1
 
 
-def summarize(config: Config, clock: Clock, results: dict[str, float | None]) -> Summary:
+def summarize(
+    config: Config, clock: Clock, results: dict[str, float | None], placement: Placement
+) -> Summary:
     """What DIR/summary.json holds; accuracies in percent, sizes in bytes."""
     sizes = plan(config)
     pace = clock.trained_images / clock.train_seconds if clock.train_seconds else None
@@ -328,8 +335,17 @@ def summarize(config: Config, clock: Clock, results: dict[str, float | None]) ->
         "bytes_down_per_client_round": sizes.bytes_down_per_client_round,
         "seed": config.seed,
         "device": jax.devices()[0].device_kind,
+        "devices": placement.devices,
+        "processes": jax.process_count(),
         "versions": versions(),
     }
+
+
+def memory_bytes() -> int:
+    """Of the device where it reports it, else of the machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(stats.get("bytes_limit", machine))
 
 
 def peak_memory_bytes() -> int:
@@ -350,23 +366,36 @@ def versions() -> dict[str, str]:
 
 
 class StopRequest:
-    """requested: whether SIGTERM or SIGINT came."""
+    """Whether SIGTERM or SIGINT came."""
 
-    requested = False
+    def __init__(self) -> None:
+        self.came = False
 
-    def __call__(self, *_: Any) -> None:
-        self.requested = True
+    def requested(self, step: int) -> bool:
+        """The same answer on every process for a step."""
+        return self.came
+
+
+class JointStopRequest(StopRequest):
+    """Of several processes: JAX's coordination service sees SIGTERM on any of them, and names a
+    step at which all stop."""
+
+    def requested(self, step: int) -> bool:
+        return multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Turns the first SIGTERM or SIGINT into a request; a second one acts as usual."""
+    if jax.process_count() > 1:
+        yield JointStopRequest()
+        return
     stop = StopRequest()
     names = (signal.SIGTERM, signal.SIGINT)
     before = {name: signal.getsignal(name) for name in names}
 
     def request(number: int, frame: Any) -> None:
-        stop(number, frame)
+        stop.came = True
         for name in names:
             signal.signal(name, before[name])
 
@@ -379,18 +408,6 @@ def stop_requests() -> Iterator[StopRequest]:
             signal.signal(name, before[name])
 
 
-def _describe(progress: Progress, partition: Partition, dataset: Dataset) -> None:
+def _describe(progress: Progress, partition: ClientImages, dataset: Dataset) -> None:
     facts = describe(partition, dataset.train.labels, dataset.info.num_classes)
     progress.say("partition: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-
-
-def _abstract(state: TrainState) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-
-
-def _to_device(dispatch: Dispatch) -> Dispatch:
-    return dispatch._replace(
-        cohort=jax.device_put(dispatch.cohort), inputs=jax.device_put(dispatch.inputs)
-    )

@@ -11,20 +11,21 @@ from mocosfl_jax.errors import InputError
 
 
 class WorkDir:
-    """A run's folder, held by one process at a time.
+    """A run's folder, held by one run at a time; of its processes the primary one writes.
 
     Raises: InputError: the folder cannot be written, is in use by a running process, or belongs to
     a run with another config.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, primary: bool = True):
+        self.primary = primary
         self.path = Path(path).expanduser().absolute()
         self.config_path = self.path / "config.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.summary_path = self.path / "summary.json"
         self.encoder_path = self.path / "encoder.safetensors"
         self.checkpoints_path = self.path / "checkpoints"
-        self._lock = self._acquire()
+        self._lock = self._acquire() if primary else None
 
     def _acquire(self) -> TextIO:
         try:
@@ -58,13 +59,25 @@ class WorkDir:
                 raise InputError(
                     "--workdir", str(self.path), f"holds a run with another config ({values})"
                 )
-        write_json(self.config_path, config)
+        if self.primary:
+            write_json(self.config_path, config)
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
-class Metrics:
+class NoMetrics:
+    """Takes no notes."""
+
+    def add(self, step: int, **values: float) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Metrics(NoMetrics):
     """DIR/metrics.jsonl, one JSON object a line and one line a step, and TensorBoard scalars.
 
     What is added for one step is merged into its line, `last`, which is the last one of the file.
@@ -113,6 +126,11 @@ class Metrics:
         self._file.seek(self._offset)
         if self.last:
             self._file.write(json.dumps(self.last) + "\n")
+
+
+def open_metrics(workdir: WorkDir, step: int, tensorboard: bool) -> NoMetrics:
+    """`Metrics` of the primary process; the others take no notes."""
+    return Metrics(workdir, step, tensorboard) if workdir.primary else NoMetrics()
 
 
 def _lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:

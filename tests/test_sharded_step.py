@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mocosfl_jax.core.axes import Axes
 from mocosfl_jax.core.dispatch import Images, Normalisation, Program, rate_schedule, run_dispatch
 from mocosfl_jax.core.state import TrainState, begin_round
 from mocosfl_jax.core.step import Batch, Method, StepOutput, train_step
@@ -44,8 +45,8 @@ def both_methods(loss: str, aligned: bool, head: str) -> tuple[Method, Method]:
     """For one device and for a mesh."""
     shape = {"blocks_per_stage": (1,), "cut": 1}
     one = tiny_method(loss, aligned, model=tiny_model(head, **shape))
-    model = tiny_model(head, axis_name=AXIS, **shape)
-    return one, tiny_method(loss, aligned, model=model, axis_name=AXIS)
+    model = tiny_model(head, row_axes=(AXIS,), **shape)
+    return one, tiny_method(loss, aligned, model=model, axes=Axes((AXIS,)))
 
 
 def round_state(method: Method, shared: bool) -> TrainState:

@@ -14,7 +14,13 @@ from jax.extend.core import subjaxprs
 from mocosfl_jax.core.dispatch import Images, Normalisation, Program, rate_schedule, run_dispatch
 from mocosfl_jax.core.queue import Queue, init_private_queues, init_queue
 from mocosfl_jax.core.sgd import sgd
-from mocosfl_jax.core.state import TrainState, begin_round, create_state, end_round
+from mocosfl_jax.core.state import (
+    TrainState,
+    begin_round,
+    create_state,
+    end_round,
+    with_slots,
+)
 from mocosfl_jax.core.step import Batch, Method, Rates, StepOutput, train_step
 from mocosfl_jax.core.sync import sync
 from mocosfl_jax.data.augment import AugmentConfig, two_views
@@ -552,3 +558,83 @@ def test_sgd_is_pytorchs():
         buffer = 0.9 * buffer + np.array([0.5, 4.0]) + 0.1 * value
         value = value - rate * buffer
         np.testing.assert_allclose(params["a"], value, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ policies
+
+
+@pytest.mark.parametrize(
+    ("loss", "shared", "aligned"),
+    [("server", True, True), ("client", False, False), ("one_way", True, False)],
+)
+def test_chunks_of_the_cohort_give_the_whole_step(loss, shared, aligned):
+    ids, mask = [4, 1, 3, CLIENTS], [*MASK, [False, False]]
+    whole = tiny_method(loss, aligned)
+    state = begin_round(tiny_state(whole, shared, cohort=4), jnp.asarray(ids, jnp.int32), aligned)
+    expected = state
+    for step, sync_now in enumerate([False, True]):
+        arguments = (one_batch(step, mask, [*SIZES, 0.0]), rates(0.05, 0.02), sync_now)
+        state, output = STEP(tiny_method(loss, aligned, cohort_chunks=2), state, *arguments)
+        expected, wanted = STEP(whole, expected, *arguments)
+        assert_close(output, wanted, "output", 3e-5)
+        assert_close(state, expected, "state", 3e-5)
+
+
+def test_stateless_clients_are_persistent_ones_with_zeroed_buffers():
+    """Aligned, as only then nothing else of a client outlives a round."""
+    method = tiny_method("server", aligned=True)
+    settings = {
+        "optimizer": method.optimizer,
+        "num_clients": CLIENTS,
+        "cohort_size": 3,
+        "feature_sharing": True,
+        "align_momentum": True,
+    }
+    queue = init_queue(jax.random.key(1), QUEUE, method.model.head.width)
+    start = functools.partial(create_state, *variables(method.model), queue, **settings)
+    kept, dropped = start(), start(stateless=True)
+    assert dropped.population.buffers is None
+    step = 0
+    for ids, syncs in ROUNDS:
+        zeroed = jax.tree.map(jnp.zeros_like, kept.population.buffers)
+        kept = kept.replace(population=kept.population.replace(buffers=zeroed))
+        kept, dropped = (begin_round(s, jnp.asarray(ids, jnp.int32), True) for s in (kept, dropped))
+        for sync_now in syncs:
+            arguments = (one_batch(step, MASK, list(SIZES)), rates(0.05, 0.02), sync_now)
+            kept, dropped = (STEP(method, s, *arguments)[0] for s in (kept, dropped))
+            step += 1
+        kept, dropped = end_round(kept, True), end_round(dropped, True)
+        assert_equal(dropped.server, kept.server)
+        assert_equal(dropped.cohort, kept.cohort)
+        assert_equal(dropped.queue, kept.queue)
+        assert_equal(dropped.population.params, kept.population.params)
+        assert_equal(dropped.population.momentum, kept.population.momentum)
+
+
+def test_no_leaf_of_stateless_clients_grows_with_their_number():
+    method = tiny_method("server", aligned=True)
+
+    def state(clients: int) -> TrainState:
+        queue = init_queue(jax.random.key(1), QUEUE, method.model.head.width)
+        return create_state(
+            *variables(method.model),
+            queue,
+            optimizer=method.optimizer,
+            num_clients=clients,
+            cohort_size=3,
+            feature_sharing=True,
+            align_momentum=True,
+            stateless=True,
+        )
+
+    few, many = (jax.eval_shape(functools.partial(state, n)) for n in (5, 1_000_000))
+    assert jax.tree.map(jnp.shape, few) == jax.tree.map(jnp.shape, many)
+
+
+def test_slots_are_added_and_cut_off():
+    method, ids = tiny_method("one_way"), [4, 1, 3]
+    state = begin_round(tiny_state(method, False), jnp.asarray(ids, jnp.int32), False)
+    wider = with_slots(state, 5, CLIENTS)
+    assert wider.cohort_ids.tolist() == [*ids, CLIENTS, CLIENTS]
+    assert all(len(x) == 5 for x in jax.tree.leaves(wider.cohort))
+    assert_equal(with_slots(wider, 3, CLIENTS), state)

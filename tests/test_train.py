@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import load_encoder
-from mocosfl_jax.build import initial_state, program_of
+from mocosfl_jax.build import program_of
 from mocosfl_jax.checkpoint import Checkpoints
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.placement import single_device
 from mocosfl_jax.progress import Progress
-from mocosfl_jax.train import Interrupted, NonFiniteError, _abstract, train
+from mocosfl_jax.rounds import Cohort
+from mocosfl_jax.train import Interrupted, NonFiniteError, train
 from mocosfl_jax.workdir import WorkDir
 from tests import tiny
 
@@ -40,8 +42,9 @@ def run(folder: Path, npz: Path, **fields) -> dict:
 
 def final_state(folder: Path, npz: Path, **fields):
     config, _ = tiny.load(npz, **fields)
+    cohort = Cohort(config, single_device(), program_of(config))
     checkpoints = Checkpoints(folder / "checkpoints", 1)
-    state, _ = checkpoints.restore(_abstract(initial_state(config, program_of(config).method)))
+    state, _ = checkpoints.restore(cohort.abstract_unpadded(cohort.initial_state()))
     checkpoints.close()
     return state
 

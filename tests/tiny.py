@@ -26,6 +26,8 @@ FIELDS = {
     "checkpoint_every": 1,
     "probe_epochs": 2,
     "eval_batch_size": 16,
+    "devices": 1,
+    "compilation_cache": "none",
     "tensorboard": False,
     "progress": False,
 }

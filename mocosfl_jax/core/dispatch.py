@@ -97,7 +97,7 @@ def run_dispatch(
 
     steps = tuple(jnp.asarray(x) for x in (inputs.images, inputs.mask, inputs.sync_now))
     state, (loss, accuracy) = jax.lax.scan(one_step, state, steps)
-    finite = _all_finite((loss, state.server, state.cohort), program.method.axis_name)
+    finite = program.method.axes.all(_all_finite((loss, state.server, state.cohort)))
     return state, DispatchOutput(loss, accuracy, finite)
 
 
@@ -124,10 +124,7 @@ def _augmented(
     return query, key
 
 
-def _all_finite(tree, axis_name: str | None) -> jax.Array:
-    """Whether every float in the tree is finite, on all devices of the axis, () bool."""
+def _all_finite(tree) -> jax.Array:
+    """Whether every float in the tree is finite, () bool."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()
-    if axis_name is None:
-        return finite
-    return jax.lax.pmin(finite.astype(jnp.int32), axis_name) == 1
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]).all()

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from mocosfl_jax.data.partition import Partition
+from mocosfl_jax.data.partition import ClientImages
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.randomness import Stream, host_rng
 
@@ -11,7 +11,7 @@ from mocosfl_jax.randomness import Stream, host_rng
 class CohortSampler:
     """Draws the cohort of any round among the clients that have images."""
 
-    def __init__(self, partition: Partition, cohort_size: int, seed: int):
+    def __init__(self, partition: ClientImages, cohort_size: int, seed: int):
         """Args: partition: of N clients; cohort_size: C, clients a round; seed: of the run.
 
         Raises: InputError: fewer than C clients have images.
@@ -51,7 +51,7 @@ def draw_cohort(
 
 
 def client_order(
-    partition: Partition, client: int, round_: int, seed: int, batch_size: int, steps: int
+    partition: ClientImages, client: int, round_: int, seed: int, batch_size: int, steps: int
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Images of one client in one round.
 
@@ -89,7 +89,7 @@ def client_order(
 
 
 def round_batches(
-    partition: Partition,
+    partition: ClientImages,
     cohort: NDArray[np.int32],
     round_: int,
     seed: int,

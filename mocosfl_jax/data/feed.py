@@ -7,34 +7,35 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from mocosfl_jax.config import Config
-from mocosfl_jax.core.dispatch import Images
 from mocosfl_jax.data.cohort import CohortSampler, round_batches
-from mocosfl_jax.data.partition import Partition
+from mocosfl_jax.data.partition import ClientImages
 
 Item = TypeVar("Item")
+Placed = TypeVar("Placed")
 
 
 class Dispatch(NamedTuple):
-    """Steps [step, step + S) of a run.
+    """Steps [step, step + S) of a run; NumPy arrays over the slots C', of which the first C have a
+    client and the rest are padding.
 
-    cohort: (C,) int32 client ids. inputs: NumPy arrays. begins_round, ends_round: whether it is the
-    first or the last dispatch of round `round`.
+    cohort: (C',) int32 client ids, N for padding. image_ids: (S, C', B) int32. mask: (S, C', B)
+    bool, False for padding. sync_now: (S,) bool. sync_weight: (C',) float32, 0 for padding.
+    begins_round, ends_round: whether it is the first or the last dispatch of round `round`.
     """
 
     round: int
     step: int
     cohort: np.ndarray
-    inputs: Images
+    image_ids: np.ndarray
+    mask: np.ndarray
+    sync_now: np.ndarray
+    sync_weight: np.ndarray
     begins_round: bool
     ends_round: bool
 
 
 def dispatches(
-    config: Config,
-    images: np.ndarray,
-    partition: Partition,
-    sampler: CohortSampler,
-    start_step: int,
+    config: Config, partition: ClientImages, sampler: CohortSampler, slots: int, start_step: int
 ) -> Iterator[Dispatch]:
     """All dispatches from a step on; a function of the config and the step alone.
 
@@ -42,43 +43,44 @@ def dispatches(
     end with a shorter one.
 
     Args:
-      images: uint8 (n, H, W, 3), the train split.
       partition, sampler: who holds which images, and who is drawn.
+      slots: C', at least the cohort.
       start_step: steps taken before.
     """
     size = config.steps_per_dispatch
     sync_steps = np.array(config.sync_steps)
+    padding = [(0, slots - config.cohort_size)]
     first_round, offset = divmod(start_step, config.steps_per_round)
     for round_ in range(first_round, config.rounds):
-        cohort = sampler.draw(round_)
+        drawn = sampler.draw(round_)
         image_ids, mask = round_batches(
-            partition, cohort, round_, config.seed, config.batch_size, config.steps_per_round
+            partition, drawn, round_, config.seed, config.batch_size, config.steps_per_round
         )
-        weight = partition.sizes[cohort] if config.sync_weights == "size" else np.ones(len(cohort))
+        image_ids = np.pad(image_ids, [(0, 0), *padding, (0, 0)])
+        mask = np.pad(mask, [(0, 0), *padding, (0, 0)])
+        weight = partition.sizes[drawn] if config.sync_weights == "size" else np.ones(len(drawn))
+        cohort = np.pad(drawn, padding, constant_values=config.num_clients)
         for start in range(offset, config.steps_per_round, size):
             steps = slice(start, min(start + size, config.steps_per_round))
-            inputs = Images(
-                images=images[image_ids[steps]],
-                mask=mask[steps],
-                sync_now=sync_steps[steps],
-                sync_weight=weight.astype(np.float32),
-            )
             yield Dispatch(
                 round=round_,
                 step=round_ * config.steps_per_round + start,
                 cohort=cohort,
-                inputs=inputs,
+                image_ids=image_ids[steps],
+                mask=mask[steps],
+                sync_now=sync_steps[steps],
+                sync_weight=np.pad(weight, padding).astype(np.float32),
                 begins_round=start == 0,
                 ends_round=steps.stop == config.steps_per_round,
             )
         offset = 0
 
 
-def prefetch(items: Iterator[Item], place: Callable[[Item], Item]) -> Iterator[Item]:
+def prefetch(items: Iterator[Item], place: Callable[[Item], Placed]) -> Iterator[Placed]:
     """Yields place(item) for each item, one item ahead in a thread."""
     with ThreadPoolExecutor(max_workers=1) as pool:
 
-        def take() -> Item | None:
+        def take() -> Placed | None:
             item = next(items, None)
             return None if item is None else place(item)
 

@@ -1,16 +1,36 @@
 """Which client holds which images: one index array with offsets, for a million clients as for ten.
 
-Every image belongs to exactly one client. All functions are deterministic in their seed.
+In a `Partition` every image belongs to exactly one client; in `SharedImages` clients draw theirs
+alone. All is deterministic in the seed.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.randomness import Stream, host_rng
+
+
+class ClientImages(Protocol):
+    """What training needs to know of either."""
+
+    @property
+    def num_clients(self) -> int:
+        """N."""
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """(N,) int64, images of each client."""
+
+    def client(self, client_id: int) -> NDArray[np.int32]:
+        """Image ids of a client, (images of the client,) int32.
+
+        Raises: IndexError: there is no such client.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,9 +63,83 @@ class Partition:
 
         Raises: IndexError: there is no such client.
         """
-        if not 0 <= client_id < self.num_clients:
-            raise IndexError(f"client {client_id} of {self.num_clients}")
+        _check_id(client_id, self.num_clients)
         return self.indices[self.offsets[client_id] : self.offsets[client_id + 1]]
+
+
+@dataclass(frozen=True)
+class SharedImages:
+    """Clients that draw their images from all, each from (seed, client), when they are asked for.
+
+    Nothing is stored for a client, so there may be any number of them. No client holds an image
+    twice; two clients may hold the same. Non-IID as in a partition: `classes_per_client` classes at
+    random, in equal shares, or proportions of the classes from Dirichlet(alpha) (as far as a class
+    has images). The fields are those of the config.
+
+    Raises: InputError: no labels for a non-IID setting, or a client's classes are too small.
+    """
+
+    num_images: int
+    labels: NDArray[np.integer] | None
+    num_clients: int
+    images_per_client: int
+    classes_per_client: int | None
+    alpha: float | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        per_class = self.classes_per_client
+        if per_class is not None:
+            _check_labels(self.labels, "config.classes_per_client", per_class)
+            smallest = min(len(images) for images in self._by_class)
+            if -(-self.images_per_client // per_class) > smallest:
+                raise InputError(
+                    "config.images_per_client",
+                    self.images_per_client,
+                    f"{per_class} classes a client, of which the smallest has {smallest} images",
+                )
+        if self.alpha is not None:
+            _check_labels(self.labels, "config.dirichlet_alpha", self.alpha)
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        return np.broadcast_to(np.int64(self.images_per_client), (self.num_clients,))
+
+    def client(self, client_id: int) -> NDArray[np.int32]:
+        _check_id(client_id, self.num_clients)
+        rng = host_rng(self.seed, Stream.PARTITION, client_id)
+        if self.classes_per_client is None and self.alpha is None:
+            return rng.choice(self.num_images, self.images_per_client, replace=False).astype(
+                np.int32
+            )
+        counts = self._class_counts(rng)
+        held = [rng.choice(self._by_class[c], n, replace=False) for c, n in enumerate(counts) if n]
+        return np.concatenate(held)
+
+    def _class_counts(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Images of each class that a client draws."""
+        available = np.array([len(images) for images in self._by_class])
+        if self.classes_per_client is not None:
+            chosen = rng.choice(len(available), self.classes_per_client, replace=False)
+            counts = np.zeros(len(available), np.int64)
+            counts[chosen] = np.diff(_even_cuts(self.images_per_client, len(chosen)))
+            return counts
+        counts = rng.multinomial(
+            self.images_per_client, rng.dirichlet(np.full(len(available), self.alpha))
+        )
+        counts = np.minimum(counts, available)
+        while (missing := self.images_per_client - counts.sum()) > 0:  # a class ran out
+            room = available - counts
+            counts += rng.multivariate_hypergeometric(room, min(missing, room.sum()))
+        return counts
+
+    @cached_property
+    def _by_class(self) -> list[NDArray[np.int32]]:
+        """Image ids of each class."""
+        labels = self.labels
+        assert labels is not None, "checked when the object was made"
+        order = np.argsort(labels, kind="stable").astype(np.int32)
+        return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def iid(num_images: int, num_clients: int, seed: int) -> Partition:
@@ -148,12 +242,13 @@ def class_counts(
 
 
 def describe(
-    partition: Partition, labels: NDArray[np.integer] | None, num_classes: int | None
+    partition: ClientImages, labels: NDArray[np.integer] | None, num_classes: int | None
 ) -> dict[str, int | float]:
-    """Facts about a partition.
+    """Facts about who holds what.
 
-    Returns: clients, empty_clients, images_min, images_median and images_max a client; with labels
-        also classes_min, classes_mean and classes_max a client, over clients that have images.
+    Returns: clients, empty_clients, images_min, images_median and images_max a client; of a
+        partition with labels also classes_min, classes_mean and classes_max a client, over clients
+        that have images.
     """
     sizes = partition.sizes
     facts: dict[str, int | float] = {
@@ -163,7 +258,7 @@ def describe(
         "images_median": float(np.median(sizes)),
         "images_max": int(sizes.max()),
     }
-    if labels is not None and num_classes is not None:
+    if isinstance(partition, Partition) and labels is not None and num_classes is not None:
         # Distinct (client, class) pairs: no (N, num_classes) array, which a million clients forbid.
         pairs = np.sort(_cells(partition, labels, num_classes))
         distinct = pairs[np.diff(pairs, prepend=-1) != 0]
@@ -198,6 +293,11 @@ def _check_clients(num_clients: int, num_images: int) -> None:
         raise InputError(
             "config.num_clients", num_clients, f"at most one client an image: 1 to {num_images}"
         )
+
+
+def _check_id(client_id: int, num_clients: int) -> None:
+    if not 0 <= client_id < num_clients:
+        raise IndexError(f"client {client_id} of {num_clients}")
 
 
 def _check_labels(

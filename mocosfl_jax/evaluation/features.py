@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.placement import Placement, single_device
 
 PyTree = Any
 ApplyFn = Callable[[PyTree, jax.Array], PyTree]
@@ -21,6 +22,7 @@ def encode(
     mean: Sequence[float],
     std: Sequence[float],
     batch_size: int,
+    placement: Placement | None = None,
 ) -> PyTree:
     """Runs a frozen encoder over unaugmented images, in order.
 
@@ -37,7 +39,8 @@ def encode(
       images_nHWC: uint8 (n, H, W, channels), n >= 1.
       mean: of each channel, for pixels in [0, 1].
       std: of each channel, positive.
-      batch_size: rows a call, >= 1.
+      batch_size: rows a call, >= 1; rounded up to fill all devices.
+      placement: of the devices that share the rows of a batch; None: the first one.
 
     Returns:
       The pytree of `apply_fn` with NumPy leaves (n, ...).
@@ -47,11 +50,14 @@ def encode(
         another length than channels, a std that is not positive, or a batch size below 1.
     """
     _check(images_nHWC, mean, std, batch_size)
-    mean_C, std_C = jax.device_put((np.asarray(mean, np.float32), np.asarray(std, np.float32)))
-    params = jax.device_put(params)
+    mean_C, std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    placement = placement or single_device()
+    params = jax.device_put(params) if placement.devices == 1 else params
+    batch_size = -(-batch_size // placement.devices) * placement.devices
     chunks, running = [], None
     for images_BHWC in _padded_batches(images_nHWC, batch_size):
-        launched = _encode_batch(apply_fn, params, jax.device_put(images_BHWC), mean_C, std_C)
+        rows = placement.put_array(images_BHWC, placement.rows())
+        launched = _encode_batch(apply_fn, placement, params, rows, mean_C, std_C)
         if running is not None:  # fetched only now, so that two batches at most are on the device
             chunks.append(jax.device_get(running))
         running = launched
@@ -82,12 +88,19 @@ def check_labelled(
         raise InputError(f"{where}_labels range", (low, high), f"in [0, {num_classes})")
 
 
-@partial(jax.jit, static_argnames="apply_fn")
-def _encode_batch(
-    apply_fn: ApplyFn, params: PyTree, images_BHWC: jax.Array, mean_C: jax.Array, std_C: jax.Array
-) -> PyTree:
-    scaled_BHWC = images_BHWC.astype(jnp.float32) / 255.0
-    return apply_fn(params, (scaled_BHWC - mean_C[None, None, None]) / std_C[None, None, None])
+@partial(jax.jit, static_argnums=(0, 1))
+def _encode_batch(apply_fn: ApplyFn, placement: Placement, params: PyTree, *arrays: Any) -> PyTree:
+    """The rows of a batch on all devices, the outputs whole on each."""
+
+    def rows(params: PyTree, images: jax.Array, mean_C: jax.Array, std_C: jax.Array) -> PyTree:
+        scaled = images.astype(jnp.float32) / 255.0
+        return apply_fn(params, (scaled - mean_C[None, None, None]) / std_C[None, None, None])
+
+    split, whole = placement.rows().spec, placement.whole.spec
+    spread = jax.shard_map(
+        rows, mesh=placement.mesh, in_specs=(whole, split, whole, whole), out_specs=split
+    )
+    return jax.lax.with_sharding_constraint(spread(params, *arrays), placement.whole)
 
 
 def _padded_batches(images_nHWC: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

@@ -13,6 +13,7 @@ from jax import lax
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.features import check_labelled
+from mocosfl_jax.placement import Placement, single_device
 
 # exp(1 / temperature), summed over any number of neighbours, must stay finite in float32.
 _SMALLEST_TEMPERATURE = 0.02
@@ -61,6 +62,7 @@ def knn_top1(
     k: int = 200,
     temperature: float = 0.1,
     chunk_size: int = 500,
+    placement: Placement | None = None,
 ) -> float:
     """Top-1 accuracy in percent of the `knn_scores` prediction.
 
@@ -74,7 +76,8 @@ def knn_top1(
       num_classes: number of classes.
       k: as in `knn_scores`.
       temperature: as in `knn_scores`.
-      chunk_size: queries at a time, >= 1; no effect on the result.
+      chunk_size: queries at a time on each device, >= 1; no effect on the result.
+      placement: of the devices that share the queries; None: the first one.
 
     Raises:
       InputError: what `check_labelled` and `knn_scores` refuse, sets of two widths, or a
@@ -88,14 +91,26 @@ def knn_top1(
     if chunk_size < 1:
         raise InputError("chunk_size", chunk_size, ">= 1")
 
-    bank_ND = _unit_rows(jax.device_put(bank_ND))
-    bank_labels_N = jax.device_put(bank_labels_N)
+    placement = placement or single_device()
+    whole, rows = placement.whole, placement.rows()
+    spread = jax.shard_map(
+        partial(_vote, num_classes=num_classes, k=k, temperature=temperature),
+        mesh=placement.mesh,
+        in_specs=(rows.spec, whole.spec, whole.spec),
+        out_specs=rows.spec,
+    )
+    vote = jax.jit(lambda *arrays: jax.lax.with_sharding_constraint(spread(*arrays), whole))
+    bank = _unit_rows(placement.put_array(bank_ND, whole))
+    bank_labels = placement.put_array(bank_labels_N, whole)
+    at_once = chunk_size * placement.devices
     correct = 0
-    for start in range(0, len(features_MD), chunk_size):
-        queries_QD = _unit_rows(jax.device_put(features_MD[start : start + chunk_size]))
-        scores_QC = _vote(queries_QD, bank_ND, bank_labels_N, num_classes, k, temperature)
+    for start in range(0, len(features_MD), at_once):
+        labels_Q = labels_M[start : start + at_once]
+        padding = [(0, -len(labels_Q) % placement.devices), (0, 0)]
+        queries_QD = np.pad(features_MD[start : start + at_once], padding)
+        scores_QC = vote(_unit_rows(placement.put_array(queries_QD, rows)), bank, bank_labels)
         predicted_Q = np.argmax(jax.device_get(scores_QC), axis=1)
-        correct += int(np.sum(predicted_Q == labels_M[start : start + chunk_size]))
+        correct += int(np.sum(predicted_Q[: len(labels_Q)] == labels_Q))
     return 100.0 * correct / len(labels_M)
 
 

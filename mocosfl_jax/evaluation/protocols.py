@@ -10,6 +10,7 @@ from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.evaluation.knn import knn_top1
 from mocosfl_jax.evaluation.linear_probe import Labelled, ProbeResult, linear_probe
 from mocosfl_jax.models.split import SplitModel, Variables
+from mocosfl_jax.placement import Placement
 
 
 class LabelledImages(NamedTuple):
@@ -58,20 +59,32 @@ def evaluation_data(dataset: Dataset) -> EvaluationData | str:
 
 
 def encode_splits(
-    config: Config, model: SplitModel, variables: Variables, data: EvaluationData
+    config: Config,
+    model: SplitModel,
+    variables: Variables,
+    data: EvaluationData,
+    placement: Placement | None = None,
 ) -> Splits:
-    """Encodes train and test images once, unaugmented."""
+    """Encodes train and test images once, unaugmented, on the devices of the placement."""
 
     def run(split: LabelledImages) -> Features:
         features, embedding = encode(
-            model.encode, variables, split.images, config.mean, config.std, config.eval_batch_size
+            model.encode,
+            variables,
+            split.images,
+            config.mean,
+            config.std,
+            config.eval_batch_size,
+            placement,
         )
         return Features(features, embedding, split.labels)
 
     return Splits(run(data.train), run(data.test))
 
 
-def knn_monitor(config: Config, splits: Splits, num_classes: int) -> float:
+def knn_monitor(
+    config: Config, splits: Splits, num_classes: int, placement: Placement | None = None
+) -> float:
     """Weighted kNN top-1 in percent on normalised head outputs; the bank is the train split."""
     return knn_top1(
         splits.test.embedding,
@@ -81,6 +94,7 @@ def knn_monitor(config: Config, splits: Splits, num_classes: int) -> float:
         num_classes=num_classes,
         k=config.knn_k,
         temperature=config.knn_temperature,
+        placement=placement,
     )
 
 

@@ -43,11 +43,11 @@ class MaskedBatchNorm(nn.Module):
     Epsilon is 1e-5. Running statistics move by 0.1 towards the mean and the unbiased variance of
     the batch, as in PyTorch.
 
-    Attributes: axis_name: mesh axis over which the rows of a batch are spread, or None; devices may
-    hold different numbers of rows that count.
+    Attributes: row_axes: mesh axes over which the rows of a batch are spread, none without a mesh;
+    devices may hold different numbers of rows that count.
     """
 
-    axis_name: str | None
+    row_axes: tuple[str, ...]
 
     @nn.compact
     def __call__(self, x_RF: jax.Array, mask_R: jax.Array, train: bool) -> jax.Array:
@@ -73,7 +73,7 @@ class MaskedBatchNorm(nn.Module):
 
         def total(x_RF: jax.Array) -> jax.Array:
             summed = jnp.sum(x_RF, axis=0, where=mask_R[:, None])
-            return summed if self.axis_name is None else jax.lax.psum(summed, self.axis_name)
+            return jax.lax.psum(summed, self.row_axes) if self.row_axes else summed
 
         count = total(jnp.ones_like(x_RF[:, :1]))[0]
         mean_F = total(x_RF) / count
@@ -84,15 +84,15 @@ class Head(nn.Module):
     """Projection head.
 
     Attributes: width: D; hidden: width of the hidden layer, 0 for none; batch_norm: whether it is
-    normalised over the rows; dtype: of the computation; axis_name: mesh axis over which the rows of
-    a batch are spread, or None.
+    normalised over the rows; dtype: of the computation; row_axes: mesh axes over which the rows
+    of a batch are spread, none without a mesh.
     """
 
     width: int
     hidden: int
     batch_norm: bool
     dtype: DTypeLike
-    axis_name: str | None = None
+    row_axes: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, features_RF: jax.Array, mask_R: jax.Array, train: bool) -> jax.Array:
@@ -107,6 +107,6 @@ class Head(nn.Module):
             return dense(self.width, "dense1")(x).astype(jnp.float32)
         x = dense(self.hidden, "dense1")(x)
         if self.batch_norm:
-            norm = MaskedBatchNorm(self.axis_name, name="norm")
+            norm = MaskedBatchNorm(self.row_axes, name="norm")
             x = norm(x.astype(jnp.float32), mask_R, train).astype(self.dtype)
         return dense(self.width, "dense2")(nn.relu(x)).astype(jnp.float32)

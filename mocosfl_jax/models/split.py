@@ -147,14 +147,14 @@ def build_model(
     head_width: int,
     image_size: int,
     compute_dtype: str = "float32",
-    axis_name: str | None = None,
+    row_axes: tuple[str, ...] = (),
 ) -> SplitModel:
     """The split network of a resolved config (see `mocosfl_jax.config` for the fields).
 
     Args:
       bottleneck: parsed shape, or None.
       image_size: side of the square input.
-      axis_name: mesh axis over which server rows are spread, or None.
+      row_axes: mesh axes over which server rows are spread, none without a mesh.
     """
     dtype = jnp.dtype(compute_dtype)
     architecture = ARCHITECTURES[backbone]
@@ -170,7 +170,7 @@ def build_model(
     return SplitModel(
         client=ClientNet(units[:cut], bottleneck, dtype),
         server=ServerNet(units[cut:], cut, bottleneck, _channels(units, cut), dtype),
-        head=Head(head_width, hidden, shape.batch_norm, dtype, axis_name),
+        head=Head(head_width, hidden, shape.batch_norm, dtype, row_axes),
         image_size=image_size,
     )
 
