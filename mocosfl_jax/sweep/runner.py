@@ -35,8 +35,11 @@ class Tally:
 
     def __str__(self) -> str:
         parts = [f"{self.done} of {self.total} runs done", f"{len(self.running)} running"]
-        parts += [f"{len(self.failed)} failed"] * bool(self.failed) + [f"{self.left} left"]
-        parts += [f"{self._time_left()} to go"] * bool(self.seconds)
+        if self.failed:
+            parts.append(f"{len(self.failed)} failed")
+        parts.append(f"{self.left} left")
+        if self.seconds:
+            parts.append(f"{self._time_left()} to go")
         return ", ".join(parts)
 
     def _time_left(self) -> str:
@@ -51,9 +54,10 @@ class Tally:
 class Board:
     """A line that is rewritten in place on a terminal, else one line an event."""
 
-    def __init__(self, tally: Tally, stream: TextIO = sys.stdout):
-        self._tally, self._stream = tally, stream
-        self._terminal = stream.isatty()
+    def __init__(self, tally: Tally, stream: TextIO | None = None):
+        """Args: tally: shown; stream: None: stdout."""
+        self._tally, self._stream = tally, stream or sys.stdout
+        self._terminal = self._stream.isatty()
 
     def event(self, text: str) -> None:
         if self._terminal:
