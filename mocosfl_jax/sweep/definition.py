@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from mocosfl_jax.build import data_options
-from mocosfl_jax.config import Config, check_types, default_config, resolve
+from mocosfl_jax.config import Config, check_types, default_config
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.data.sources import inspect_dataset
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.main import define_flags
+from mocosfl_jax.resolve import resolve
 
 Fields = dict[str, Any]
 """Values of config fields, by name."""
