@@ -423,6 +423,46 @@ def test_a_checkpoint_in_the_middle_waits_for_the_child(tmp_path, monkeypatch):
     assert again.function() == 0
 
 
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """Stand-ins for a cluster that takes jobs, or refuses them: returns the batch script."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    (tmp_path / "bin").mkdir()
+
+    def make(sbatch: str) -> Path:
+        for name, body in (("srun", "exit 0"), ("sbatch", f'cp "$1" {tmp_path}/batch\n{sbatch}')):
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        return tmp_path / "batch"
+
+    return make
+
+
+def test_slurm_is_asked_for_what_the_config_says(tmp_path, cluster):
+    batch = cluster("echo Submitted batch job 12")
+    wanted = {"timeout_min": 90, "gpus_per_node": 2, "partition": "long", "account": None}
+    engine = SlurmEngine(tmp_path / "slurm", None, {**default_sweep().slurm.to_dict(), **wanted})
+    tasks = [Task(name, ("true",), tmp_path / name / "log.txt") for name in "abc"]
+    assert [job._job.job_id for job in engine.start(tasks)] == ["12_0", "12_1", "12_2"]
+    options = {line for line in batch.read_text().splitlines() if line.startswith("#SBATCH")}
+    assert {
+        "#SBATCH --array=0-2%3",
+        "#SBATCH --cpus-per-task=8",
+        "#SBATCH --gpus-per-node=2",
+        "#SBATCH --partition=long",
+        "#SBATCH --signal=USR2@120",
+        "#SBATCH --time=90",
+    } <= options
+    assert not any("account" in option for option in options)
+
+
+def test_a_cluster_that_refuses(tmp_path, cluster):
+    cluster("echo sbatch: error: invalid partition >&2; exit 1")
+    engine = SlurmEngine(tmp_path / "slurm", None, {"timeout_min": 5, "partition": "nowhere"})
+    with pytest.raises(InputError, match=r"config\.slurm.*nowhere.*invalid partition"):
+        engine.start([Task("a", ("true",), tmp_path / "log.txt")])
+
+
 def test_no_cluster_here(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="--engine = 'slurm'"):

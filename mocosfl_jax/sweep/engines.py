@@ -226,6 +226,7 @@ class SlurmEngine:
             allowed = "submitit is needed: pip install 'mocosfl_jax[slurm]'"
             raise InputError("--engine", "slurm", allowed) from None
         self.slots = slots or sys.maxsize
+        self._parameters = parameters
         self.seconds_between_polls = 5.0 if cluster == "slurm" else 0.2
         shared = ("timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb")
         names = {name: name if name in shared else f"slurm_{name}" for name in parameters}
@@ -242,5 +243,11 @@ class SlurmEngine:
             raise InputError("--engine", "slurm", str(error)) from None
 
     def start(self, tasks: Sequence[Task]) -> list[Job]:
-        jobs = self._executor.submit_array([RequeuedTask(task) for task in tasks])
+        """Raises: InputError: the cluster refuses the jobs."""
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        try:
+            jobs = self._executor.submit_array([RequeuedTask(task) for task in tasks])
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise InputError("config.slurm", self._parameters, str(error)) from None
         return [SlurmJob(job, task.log) for job, task in zip(jobs, tasks, strict=True)]
