@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,27 @@ def test_a_name_is_one_folder_and_tells_values_apart():
         "blocks_per_stage=(1,1),dataset=npz:x.npz,seed=0",
         "blocks_per_stage=(2,),dataset=folder:%2Fdata%2Fa_b,seed=0",
         "blocks_per_stage=(2,),dataset=npz:x.npz,seed=0",
+    ]
+
+
+def test_the_sweep_of_the_documentation():
+    page = (ROOT / "docs" / "sweeps.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(compile(block, "docs/sweeps.md", "exec"), names)
+    runs = expand(names["get_config"]())
+    assert len(runs) == 2 * (3 * 2 + 2)
+    assert list(runs)[-1] == "MocoSFL-3,num_clients=1000,seed=3"
+    assert runs["MocoSFL-3,num_clients=1000,seed=3"].overrides == {
+        **{"classes_per_client": 2, "cut": 2, "num_clients": 1000, "seed": 3}
+    }
+
+
+def test_words_in_a_list_on_the_command_line(npz, capsys):
+    options = ("--dry_run", "--config.grid.head=('V1','V2')")
+    assert main(command(npz, *options, **{"grid.num_clients": 4})) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        *("head=V1,num_clients=4,seed=0", "head=V2,num_clients=4,seed=0", "2 runs"),
     ]
 
 
@@ -268,6 +290,17 @@ def test_a_signal_lets_runs_save_and_the_same_command_goes_on(npz, tmp_path):
     assert set(calls(npz)) == {path.name for path in waiting}  # no other run was started
     assert main(argv, FAKE) == 0
     assert list(calls(npz).values()) == [2, 1, 2, 1]
+
+
+def test_a_folder_stays_held_while_runs_outlive_the_sweep(tmp_path):
+    folder = SweepFolder(tmp_path / "sweep")
+    with folder.hold() as lock:
+        engine = LocalEngine(1, keep_open=(lock.fileno(),))
+        (job,) = engine.start([Task("a", ("sleep", "120"), tmp_path / "log.txt")])
+    with pytest.raises(InputError, match="in use"):
+        folder.hold()
+    job.kill()
+    folder.hold().close()
 
 
 class StubbornJob:

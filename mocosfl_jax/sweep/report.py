@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
@@ -160,10 +161,11 @@ def plot(table: Table, path: os.PathLike[str]) -> None:
         axes = figure.add_subplot(1, len(table.metrics), index + 1)
         for row in table.rows:
             cells = {x: table.cells[row, metric, x] for x in table.columns}
-            points = [(x_of[x], c.mean, c.deviation) for x, c in cells.items() if c.values]
-            if points:
-                x, mean, deviation = zip(*points, strict=True)
-                axes.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, label=row)
+            points = [
+                (x_of[x], c.mean, c.deviation or math.nan) for x, c in cells.items() if c.values
+            ]
+            x, mean, deviation = zip(*points, strict=True) if points else ([], [], [])
+            axes.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, label=row)
         if numbers:
             axes.set_xscale("log")
         axes.set_xticks(list(x_of.values()), [str(value) for value in x_of])
@@ -172,7 +174,7 @@ def plot(table: Table, path: os.PathLike[str]) -> None:
         axes.set_ylabel(_label(metric))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(table.rows) > 1 and axes.get_legend_handles_labels()[0]:
+        if len(table.rows) > 1 and index == 0:
             axes.legend(frameon=False)
     figure.savefig(path)
 
