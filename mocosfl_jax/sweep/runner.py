@@ -130,6 +130,8 @@ def carry_out(
             if not ended:
                 time.sleep(engine.seconds_between_polls)
     finally:
+        if running:
+            board.event(f"waiting for {len(running)} runs to save and end")
         _end([job for _, job in running], engine, stop)
         board.close()
 
