@@ -25,24 +25,7 @@ class WorkDir:
         self.summary_path = self.path / "summary.json"
         self.encoder_path = self.path / "encoder.safetensors"
         self.checkpoints_path = self.path / "checkpoints"
-        self._lock = self._acquire() if primary else None
-
-    def _acquire(self) -> TextIO:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise InputError(
-                "--workdir", str(self.path), f"cannot be written: {error.strerror}"
-            ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process ends
-        except OSError:
-            lock.close()
-            raise InputError(
-                "--workdir", str(self.path), "in use by a running process; wait or take another"
-            ) from None
-        return lock
+        self._lock = hold(self.path) if primary else None
 
     def claim(self, config: dict[str, Any]) -> None:
         """Writes the resolved config, or checks it against the one of the run that lies here.
@@ -65,6 +48,26 @@ class WorkDir:
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def hold(folder: Path) -> TextIO:
+    """Makes a folder this process's own until the returned file is closed or the process ends.
+
+    Raises: InputError: the folder cannot be written, or is in use by a running process.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        allowed = f"cannot be written: {error.strerror}"
+        raise InputError("--workdir", str(folder), allowed) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        allowed = "in use by a running process; wait or take another"
+        raise InputError("--workdir", str(folder), allowed) from None
+    return lock
 
 
 class NoMetrics:

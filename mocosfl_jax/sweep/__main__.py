@@ -1,0 +1,144 @@
+"""Command line: `python -m mocosfl_jax.sweep --config configs/sweeps/X.py --workdir DIR`.
+
+Options:
+  --config.FIELD=VALUE  overrides a field of the sweep, e.g. --config.seeds=0,1,2,
+                        --config.grid.num_clients=10,50 or --config.fixed.epochs=4
+  --engine local|slurm  processes on this machine (default), or jobs of a Slurm cluster
+  --jobs N              runs at a time; local: one a GPU, or one; slurm: all
+  --dry_run             checks and lists the runs, and stops
+  --report              writes the report of what is finished, and stops; --config may be left out
+
+Exit status: 0 all runs are finished; 1 some failed; 2 bad input, one line on stderr; 143 or 130
+stopped by a signal. The same command goes on where a sweep was stopped, and repeats failed runs.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.sweep.definition import Run, check, expand
+from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
+from mocosfl_jax.sweep.folder import SweepFolder
+from mocosfl_jax.sweep.report import write_report
+from mocosfl_jax.sweep.runner import Board, Tally, carry_out, stop_requests
+
+FAILED, BAD_INPUT = 1, 2
+PROGRAM = (sys.executable, "-m", "mocosfl_jax.main")
+"""What carries out one run."""
+
+
+def main(argv: list[str], program: Sequence[str] = PROGRAM) -> int:
+    """Runs one command; returns the exit status."""
+    try:
+        values = _parse(argv)
+        if values.help:
+            print(__doc__)
+            return 0
+        if values.report:
+            return _report(SweepFolder(values.workdir), values.config)
+        runs = expand(values.config)
+        configs = check(runs)
+        if values.dry_run:
+            print(*runs, f"{len(runs)} runs", sep="\n")
+            return 0
+        folder = SweepFolder(values.workdir)
+        with folder.hold() as lock:
+            engine = _engine(values, folder, lock.fileno())
+            folder.claim(values.config, runs, configs)
+            return _sweep(values.config, runs, folder, engine, program)
+    except InputError as error:
+        print(f"mocosfl_jax.sweep: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _sweep(
+    sweep: ConfigDict,
+    runs: Mapping[str, Run],
+    folder: SweepFolder,
+    engine: Engine,
+    program: Sequence[str],
+) -> int:
+    tasks = [
+        _task(run, folder, program) for name, run in runs.items() if not folder.is_finished(name)
+    ]
+    tally = Tally(total=len(runs), slots=engine.slots, done=len(runs) - len(tasks))
+    if tally.done:
+        print(f"{tally.done} of {tally.total} runs are finished already")
+    with stop_requests() as stop:
+        carry_out(tasks, engine, tally, Board(tally), stop)
+    print(write_report(folder, sweep.columns, sweep.metrics), end="")
+    for name, reason in tally.failed.items():
+        print(f"mocosfl_jax.sweep: {name} failed, {reason}", file=sys.stderr)
+    if stop.number is not None:
+        print("mocosfl_jax.sweep: stopped; the same command goes on", file=sys.stderr)
+        return 128 + stop.number
+    return FAILED if tally.failed else 0
+
+
+def _task(run: Run, folder: SweepFolder, program: Sequence[str]) -> Task:
+    command = (*program, *run.arguments, "--workdir", str(folder.run_path(run.name)))
+    return Task(run.name, command, folder.log_path(run.name))
+
+
+def _engine(values: flags.FlagValues, folder: SweepFolder, lock: int) -> Engine:
+    """Children keep the lock open, so that the folder stays held until the last one has ended."""
+    if values.engine == "slurm":
+        return SlurmEngine(folder.slurm_path, values.jobs, values.config.slurm.to_dict())
+    return LocalEngine(values.jobs, visible_gpus(), keep_open=(lock,))
+
+
+def _report(folder: SweepFolder, sweep: ConfigDict | None) -> int:
+    shown = folder.definition() if sweep is None else sweep
+    print(write_report(folder, shown["columns"], shown["metrics"]), end="")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------- flags
+
+
+def _define_flags(argv: list[str]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "Sweep.", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "Folder of the sweep.", flag_values=values)
+    flags.DEFINE_enum("engine", "local", ["local", "slurm"], "Where.", flag_values=values)
+    flags.DEFINE_integer("jobs", None, "Runs at a time.", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "List the runs, and stop.", flag_values=values)
+    flags.DEFINE_bool("report", False, "Write the report, and stop.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
+    return values
+
+
+def _parse(argv: list[str]) -> flags.FlagValues:
+    """The flags of the command line, complete and loaded.
+
+    Raises: InputError: a flag or field that does not exist, a value of another type, a config file
+    that cannot be loaded.
+    """
+    values = _define_flags(argv)
+    try:
+        rest = values(argv)
+        config = values.config
+        if config is not None:
+            list(config)  # the file is loaded only now, and may fail
+    except Exception as error:  # a config file is code, and may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError("command line", " ".join(argv[1:]), reason) from None
+    if values.help:
+        return values
+    if len(rest) > 1:
+        raise InputError("command line", rest[1], "options start with --")
+    if config is None and not values.report:
+        allowed = "a sweep's config file is needed, e.g. configs/sweeps/client_count.py"
+        raise InputError("--config", None, allowed)
+    if values.workdir is None and not values.dry_run:
+        raise InputError("--workdir", None, "a folder for the sweep is needed")
+    return values
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.exit(main(sys.argv))

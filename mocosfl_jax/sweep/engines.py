@@ -1,0 +1,253 @@
+"""Where runs are carried out: processes on this machine, or jobs of a Slurm cluster.
+
+An engine starts tasks and hands out a job for each; the runner (`runner.py`) does the rest.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mocosfl_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run as an engine sees it."""
+
+    name: str
+    command: tuple[str, ...]
+    log: Path  # what the command prints is added to it
+
+
+class Job(Protocol):
+    """A task that has been started."""
+
+    def poll(self) -> int | None:
+        """Its exit status; None while it is not over."""
+
+    def stop(self) -> None:
+        """Asks it to save and end."""
+
+    def kill(self) -> None:
+        """Ends it at once."""
+
+
+class Engine(Protocol):
+    """Starts tasks, `slots` at a time."""
+
+    slots: int
+    seconds_between_polls: float
+
+    def start(self, tasks: Sequence[Task]) -> list[Job]:
+        """One job a task; with those that are not over they are no more than `slots`."""
+
+
+def launch(
+    task: Task, environment: dict[str, str] | None = None, keep_open: Iterable[int] = ()
+) -> subprocess.Popen:
+    """Starts the task's command in a session of its own, so that signals reach it only from here.
+
+    Args:
+      task: its command and log.
+      environment: variables that are added to this process's.
+      keep_open: file descriptors that the child inherits.
+    """
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    with task.log.open("a") as log:
+        print("$", shlex.join(task.command), file=log, flush=True)
+        return subprocess.Popen(
+            task.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            start_new_session=True,
+            pass_fds=tuple(keep_open),
+        )
+
+
+# ---------------------------------------------------------------------------------------- local
+
+
+class LocalJob:
+    """A child process."""
+
+    def __init__(self, process: subprocess.Popen, slot: int):
+        self.slot = slot
+        self._process = process
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class LocalEngine:
+    """So many child processes at a time, between which the GPUs of this machine are divided."""
+
+    seconds_between_polls = 0.2
+
+    def __init__(self, slots: int | None, gpus: Sequence[str] = (), keep_open: Iterable[int] = ()):
+        """Args:
+        slots: processes at a time; None: one a GPU, or one.
+        gpus: names for CUDA_VISIBLE_DEVICES.
+        keep_open: file descriptors that children inherit.
+        """
+        self.slots = slots or max(1, len(gpus))
+        self._gpus, self._keep_open = gpus, tuple(keep_open)
+        self._jobs: list[LocalJob] = []
+
+    def start(self, tasks: Sequence[Task]) -> list[Job]:
+        return [self._start(task) for task in tasks]
+
+    def _start(self, task: Task) -> Job:
+        self._jobs = [job for job in self._jobs if job.poll() is None]
+        slot = min(set(range(self.slots)) - {job.slot for job in self._jobs})
+        job = LocalJob(launch(task, self.environment(slot), self._keep_open), slot)
+        self._jobs.append(job)
+        return job
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """The GPUs of a slot: an equal share, or one that slots share where there are too few."""
+        if not self._gpus:
+            return {}
+        if self.slots <= len(self._gpus):
+            return {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus[slot :: self.slots])}
+        return {
+            "CUDA_VISIBLE_DEVICES": self._gpus[slot % len(self._gpus)],
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # no process takes all of its memory
+        }
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip()]
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(index) for index in range(len(lines))]
+
+
+# ---------------------------------------------------------------------------------------- Slurm
+
+SECONDS_TO_SAVE = 120  # that Slurm's signal comes before a job's end
+MOST_TIMEOUTS = 1000  # after which a job is given up
+
+
+class RequeuedTask:
+    """What a Slurm job calls: the task's command, saved and requeued before its time is over.
+
+    Submitit calls `checkpoint` when Slurm's signal comes, and puts the job back into the queue.
+    """
+
+    def __init__(self, task: Task):
+        self._task = task
+        self._child: subprocess.Popen | None = None
+        self._status: Future[int] | None = None
+
+    def __call__(self) -> int:
+        child = self._child = launch(self._task)
+        for number in (signal.SIGTERM, signal.SIGINT):  # the job is cancelled
+            signal.signal(number, lambda *_: child.terminate())
+        with ThreadPoolExecutor(1) as pool:
+            self._status = pool.submit(child.wait)
+            return self._status.result()
+
+    def checkpoint(self) -> Any:
+        """What is left to do, once the child has saved its state."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._child is not None and self._status is not None:
+            self._child.terminate()
+            self._status.result()
+        return DelayedSubmission(RequeuedTask(self._task))
+
+
+class SlurmJob:
+    """A job of the cluster."""
+
+    def __init__(self, job: Any, log: Path):
+        self._job, self._log = job, log
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        if self._status is None and self._job.done():
+            self._status = self._result()
+        return self._status
+
+    def stop(self) -> None:
+        self._job.cancel(check=False)
+
+    kill = stop  # the cluster kills what does not end in its own grace period
+
+    def _result(self) -> int:
+        from submitit.core.utils import FailedJobError, UncompletedJobError
+
+        try:
+            return self._job.result()
+        except (FailedJobError, UncompletedJobError) as error:
+            with self._log.open("a") as log:
+                print(" ".join(str(error).split()), file=log)
+            return 1
+
+
+class SlurmEngine:
+    """Jobs of a cluster, submitted as one array where they start together."""
+
+    def __init__(
+        self, folder: Path, slots: int | None, parameters: dict[str, Any], cluster: str = "slurm"
+    ):
+        """Args:
+          folder: for the files of submitit.
+          slots: jobs at a time; None: all.
+          parameters: `config.slurm`.
+          cluster: submitit's name for it.
+        Raises: InputError: there is no such cluster or no submitit here, or a wrong parameter.
+        """
+        try:
+            import submitit
+        except ImportError:
+            allowed = "submitit is needed: pip install 'mocosfl_jax[slurm]'"
+            raise InputError("--engine", "slurm", allowed) from None
+        self.slots = slots or sys.maxsize
+        self._parameters = parameters
+        self.seconds_between_polls = 5.0 if cluster == "slurm" else 0.2
+        shared = ("timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb")
+        names = {name: name if name in shared else f"slurm_{name}" for name in parameters}
+        try:
+            self._executor = submitit.AutoExecutor(
+                folder, cluster=cluster, slurm_max_num_timeout=MOST_TIMEOUTS
+            )
+            self._executor.update_parameters(
+                name="mocosfl_sweep",
+                slurm_signal_delay_s=SECONDS_TO_SAVE,
+                **{names[name]: value for name, value in parameters.items()},
+            )
+        except (RuntimeError, ValueError, NameError) as error:
+            raise InputError("--engine", "slurm", str(error)) from None
+
+    def start(self, tasks: Sequence[Task]) -> list[Job]:
+        """Raises: InputError: the cluster refuses the jobs."""
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        try:
+            jobs = self._executor.submit_array([RequeuedTask(task) for task in tasks])
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise InputError("config.slurm", self._parameters, str(error)) from None
+        return [SlurmJob(job, task.log) for job, task in zip(jobs, tasks, strict=True)]

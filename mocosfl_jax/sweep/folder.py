@@ -1,0 +1,109 @@
+"""The files of a sweep: DIR/sweep.json, DIR/runs/NAME, DIR/report.*."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from ml_collections import ConfigDict
+
+from mocosfl_jax.config import EXECUTION_FIELDS, Config
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.sweep.definition import Run
+from mocosfl_jax.workdir import hold, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of a sweep as the report sees it."""
+
+    name: str
+    method: str  # "" where the sweep has no variants
+    cell: dict[str, Any]  # its values of the grid's fields
+    config: dict[str, Any]  # all of its fields
+    summary: dict[str, Any] | None  # its summary.json; None: unfinished
+
+
+class SweepFolder:
+    """A sweep's folder; `hold` makes it this process's own, reading needs no lock."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser().absolute()
+        self.definition_path = self.path / "sweep.json"
+        self.slurm_path = self.path / "slurm"
+
+    def hold(self) -> TextIO:
+        """Raises: InputError: the folder cannot be written, or another process runs the sweep."""
+        return hold(self.path)
+
+    def run_path(self, name: str) -> Path:
+        return self.path / "runs" / name
+
+    def log_path(self, name: str) -> Path:
+        return self.run_path(name) / "log.txt"
+
+    def is_finished(self, name: str) -> bool:
+        return self._summary_path(name).exists()
+
+    def claim(self, sweep: ConfigDict, runs: Mapping[str, Run], configs: Mapping[str, Config]):
+        """Writes the definition, or checks that it only adds runs to the one that lies here.
+
+        Raises: InputError: a run that lies here is missing, or has another config now.
+        """
+        definition = json.loads(
+            json.dumps(
+                {
+                    "columns": sweep.columns,
+                    "metrics": sweep.metrics,
+                    "runs": {name: _described(run, configs[name]) for name, run in runs.items()},
+                }
+            )
+        )
+        if self.definition_path.exists():
+            stored = read_json(self.definition_path)["runs"]
+            self._check_only_adds(stored, definition["runs"])
+        write_json(self.definition_path, definition)
+
+    def definition(self) -> dict[str, Any]:
+        """Columns, metrics and runs of the sweep that lies here.
+
+        Raises: InputError: none does.
+        """
+        if not self.definition_path.exists():
+            raise InputError("--workdir", str(self.path), "no sweep lies here")
+        return read_json(self.definition_path)
+
+    def records(self) -> list[Record]:
+        """All runs of the sweep that lies here.
+
+        Raises: InputError: none does.
+        """
+        return [
+            Record(name=name, summary=self._summary(name), **run)
+            for name, run in self.definition()["runs"].items()
+        ]
+
+    def _summary_path(self, name: str) -> Path:
+        return self.run_path(name) / "summary.json"
+
+    def _summary(self, name: str) -> dict[str, Any] | None:
+        return read_json(self._summary_path(name)) if self.is_finished(name) else None
+
+    def _check_only_adds(self, stored: dict[str, Any], runs: dict[str, Any]) -> None:
+        missing = sorted(stored.keys() - runs.keys())
+        if missing:
+            allowed = f"holds a sweep with other runs, which may only be added to: {missing[0]}"
+            raise InputError("--workdir", str(self.path), allowed)
+        for name, run in stored.items():
+            old, new = run["config"], runs[name]["config"]
+            for field in sorted(old.keys() - EXECUTION_FIELDS):
+                if old[field] != new.get(field):
+                    change = f"{field} {old[field]!r} -> {new.get(field)!r}"
+                    allowed = f"holds a sweep with another config ({change}, run {name})"
+                    raise InputError("--workdir", str(self.path), allowed)
+
+
+def _described(run: Run, config: Config) -> dict[str, Any]:
+    return {"method": run.method, "cell": run.cell, "config": dataclasses.asdict(config)}

@@ -1,0 +1,227 @@
+"""The report of a sweep: DIR/report.csv (a row a run), report.md (a table), report.png (a plot)."""
+
+import csv
+import io
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.sweep.folder import Record, SweepFolder
+from mocosfl_jax.workdir import write_text
+
+LABELS = {
+    "linear_top1": "linear probe, top-1 %",
+    "linear_top1_best_test_epoch": "linear probe, best test epoch, top-1 %",
+    "knn_top1": "kNN, top-1 %",
+    "num_clients": "number of clients",
+}
+"""What the table and the plot call a number or a field, where its name is not enough."""
+
+FURTHER_NUMBERS = (
+    "linear_top1",
+    "linear_top1_best_test_epoch",
+    "knn_top1",
+    "knn_top1_at_init",
+    "steps",
+    "rounds",
+    "images_per_second",
+    "compile_seconds",
+    "wall_seconds",
+    "peak_memory_bytes",
+    "device",
+)
+"""Of summary.json in report.csv, beside the metrics."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric of the runs that differ in their seed only."""
+
+    values: tuple[float, ...]  # of the finished ones that have the metric
+    runs: int
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation; 0 for one value."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        if not self.runs:
+            return ""
+        number = f"({len(self.values)}{f' of {self.runs}' * (len(self.values) < self.runs)})"
+        if not self.values:
+            return f"- {number}"
+        spread = f" ± {self.deviation:.2f}" * (len(self.values) > 1)
+        return f"{self.mean:.2f}{spread} {number}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Metrics by row (method and grid fields but the columns') and column."""
+
+    field: str  # of the columns
+    columns: tuple[Any, ...]
+    rows: tuple[str, ...]
+    metrics: tuple[str, ...]
+    cells: dict[tuple[str, str, Any], Cell]  # by row, metric, column
+
+
+def write_report(folder: SweepFolder, columns: str, metrics: Sequence[str]) -> str:
+    """Writes the three files from what is finished so far; returns the text of report.md.
+
+    Args:
+      folder: of the sweep, which may be running.
+      columns: field whose values are the columns and the x axis.
+      metrics: numbers of summary.json.
+    Raises: InputError: no sweep lies there, or no run has such a field or number.
+    """
+    records = folder.records()
+    _check(records, columns, metrics)
+    table = tabulate(records, columns, metrics)
+    text = markdown(records, table)
+    write_text(folder.path / "report.csv", long_form(records, columns, metrics))
+    write_text(folder.path / "report.md", text)
+    plot(table, folder.path / "report.png")
+    return text
+
+
+def tabulate(records: Sequence[Record], columns: str, metrics: Sequence[str]) -> Table:
+    """Groups runs by row and column."""
+    groups: dict[tuple[str, Any], list[Record]] = {}
+    for record in records:
+        groups.setdefault((_row(record, columns), _value(record, columns)), []).append(record)
+    values = _unique(column for _, column in groups)
+    if all(isinstance(value, int | float) for value in values):
+        values = sorted(values)
+    rows = _unique(row for row, _ in groups)
+    cells = {
+        (row, metric, column): _cell(groups.get((row, column), []), metric)
+        for row in rows
+        for metric in metrics
+        for column in values
+    }
+    return Table(columns, tuple(values), tuple(rows), tuple(metrics), cells)
+
+
+def markdown(records: Sequence[Record], table: Table) -> str:
+    """The page: how many runs are finished, the table, the unfinished ones."""
+    unfinished = [record.name for record in records if record.summary is None]
+    counts = f"{len(records)} runs: {len(records) - len(unfinished)} finished"
+    counts += f", {len(unfinished)} unfinished" * bool(unfinished)
+    lines = [
+        f"{counts}.",
+        "",
+        f"Mean ± standard deviation over seeds (number of seeds), by {_label(table.field)}.",
+        "",
+        _line(["method", "", *table.columns]),
+        _line(["---"] * 2 + ["---:"] * len(table.columns)),
+    ]
+    for row in table.rows:
+        for metric in table.metrics:
+            cells = [table.cells[row, metric, column] for column in table.columns]
+            lines.append(_line([row, _label(metric), *cells]))
+    if unfinished:
+        lines += ["", "Unfinished:", "", *(f"- {name}" for name in unfinished)]
+    return "\n".join(lines) + "\n"
+
+
+def long_form(records: Sequence[Record], columns: str, metrics: Sequence[str]) -> str:
+    """CSV, one row a run: its varied fields and the numbers of its summary."""
+    fields = _unique([columns, *(name for record in records for name in record.cell)])
+    numbers = _unique([*metrics, *FURTHER_NUMBERS])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "method", *fields, "seed", "status", *numbers])
+    for record in records:
+        summary = record.summary or {}
+        status = "unfinished" if record.summary is None else "finished"
+        settings = [_value(record, name) for name in fields]
+        results = [summary.get(name) for name in numbers]
+        seed = record.config["seed"]
+        writer.writerow([record.name, record.method, *settings, seed, status, *results])
+    return text.getvalue()
+
+
+def plot(table: Table, path: os.PathLike[str]) -> None:
+    """Each metric over the columns' field, one line a method, error bars over seeds."""
+    from matplotlib.figure import Figure
+
+    numbers = all(isinstance(x, int | float) and x > 0 for x in table.columns)
+    x_of = {value: value if numbers else i for i, value in enumerate(table.columns)}
+    figure = Figure(figsize=(4.8 * len(table.metrics), 3.6), dpi=150, layout="constrained")
+    for index, metric in enumerate(table.metrics):
+        axes = figure.add_subplot(1, len(table.metrics), index + 1)
+        for row in table.rows:
+            cells = {x: table.cells[row, metric, x] for x in table.columns}
+            points = [
+                (x_of[x], c.mean, c.deviation or math.nan) for x, c in cells.items() if c.values
+            ]
+            x, mean, deviation = zip(*points, strict=True) if points else ([], [], [])
+            axes.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, label=row)
+        if numbers:
+            axes.set_xscale("log")
+        axes.set_xticks(list(x_of.values()), [str(value) for value in x_of])
+        axes.minorticks_off()
+        axes.set_xlabel(_label(table.field))
+        axes.set_ylabel(_label(metric))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(table.rows) > 1 and index == 0:
+            axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+# --------------------------------------------------------------------------------------- pieces
+
+
+def _check(records: Sequence[Record], columns: str, metrics: Sequence[str]) -> None:
+    for record in records:
+        if columns not in record.config:
+            raise InputError("config.columns", columns, "a field of the runs is needed")
+        for metric in metrics:
+            value = (record.summary or {metric: None}).get(metric, "")
+            if not isinstance(value, int | float | None):
+                allowed = f"a number of summary.json is needed (run {record.name})"
+                raise InputError("config.metrics", metric, allowed)
+
+
+def _cell(records: Sequence[Record], metric: str) -> Cell:
+    found = (record.summary[metric] for record in records if record.summary is not None)
+    return Cell(tuple(value for value in found if value is not None), len(records))
+
+
+def _row(record: Record, columns: str) -> str:
+    """Method and cell, but for the columns' field."""
+    cell = [f"{name}={_plain(value)}" for name, value in record.cell.items() if name != columns]
+    return ", ".join([record.method] * bool(record.method) + cell) or "all"
+
+
+def _value(record: Record, field: str) -> Any:
+    return _plain(record.config[field])
+
+
+def _plain(value: Any) -> Any:
+    """A value that is printed without brackets and may be a key: JSON lists become text."""
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    return "unset" if value is None else value
+
+
+def _label(name: str) -> str:
+    return LABELS.get(name, name)
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
