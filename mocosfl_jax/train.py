@@ -134,7 +134,7 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
             if dispatch.ends_round:
                 state = cohort.end(state)
             recorder.push(dispatch, output)  # waits for the dispatch before, while this one runs
-            if stop.requested(step):
+            if stop.requested():
                 recorder.drain()
                 save(state, step)
                 raise Interrupted(f"stopped at step {step} of {config.total_steps}, which is saved")
@@ -371,17 +371,21 @@ class StopRequest:
     def __init__(self) -> None:
         self.came = False
 
-    def requested(self, step: int) -> bool:
-        """The same answer on every process for a step."""
+    def requested(self) -> bool:
+        """Asked once a dispatch; the same answer on every process."""
         return self.came
 
 
 class JointStopRequest(StopRequest):
-    """Of several processes: JAX's coordination service sees SIGTERM on any of them, and names a
-    step at which all stop."""
+    """Of several processes: JAX's coordination service sees SIGTERM on any of them, and names the
+    call at which all stop."""
 
-    def requested(self, step: int) -> bool:
-        return multihost_utils.reached_preemption_sync_point(step)
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def requested(self) -> bool:
+        self._calls += 1  # consecutive numbers: the service picks one that lies ahead of all
+        return multihost_utils.reached_preemption_sync_point(self._calls)
 
 
 @contextlib.contextmanager

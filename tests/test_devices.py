@@ -1,22 +1,32 @@
 """Runs on several devices, against the same run on one."""
 
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax.build import program_of
+from benchmarks.devices import collectives
+from mocosfl_jax.build import partition_of, program_of
 from mocosfl_jax.checkpoint import Checkpoints
+from mocosfl_jax.data.cohort import CohortSampler
+from mocosfl_jax.data.feed import dispatches
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.placement import make_placement, single_device
+from mocosfl_jax.placement import axes_of, make_placement, single_device
 from mocosfl_jax.progress import Progress
-from mocosfl_jax.rounds import Cohort
+from mocosfl_jax.rounds import Cohort, place_inputs, run_constants
 from mocosfl_jax.train import Interrupted, train
 from mocosfl_jax.workdir import WorkDir
 from tests import tiny
 from tests.test_step import assert_close
-from tests.test_train import lines
+from tests.test_train import ROOT, lines
 
 TOLERANCE = 1e-3  # of the largest value, after 12 steps: sums over rows are added in another order
 FIELDS = {  # a cohort of 3 clients fills no mesh; what clients keep matters
@@ -89,12 +99,7 @@ def test_a_run_resumes_on_another_number_of_devices(before, after, npz, one, tmp
     def advance_and_stop(self, steps, loss, images_per_second):
         advance(self, steps, loss, images_per_second)
         if self._step == 6:
-            raise_signal()
-
-    def raise_signal():
-        import signal
-
-        signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(Progress, "advance", advance_and_stop)
@@ -126,3 +131,93 @@ def test_server_parameters_are_split_where_asked(npz):
     assert kernel.sharding.shard_shape(kernel.shape) == (3, 3, 4, 2)
     leaf = jax.tree.leaves(state.population)[0]
     assert leaf.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize(("loss", "aligned"), [("server", True), ("one_way", False)])
+def test_devices_exchange_gradients_keys_and_client_models_only(npz, loss, aligned):
+    fields = {"loss": loss, "align_momentum": aligned, "cohort_size": 4, "mean": (0.5,) * 3}
+    config, dataset = tiny.load(npz, **{**FIELDS, **fields, "std": (0.5,) * 3})
+    placement, program = make_placement(4, 1), program_of(config, axes_of(1))
+    cohort = Cohort(config, placement, program)
+    partition = partition_of(config, dataset)
+    sampler = CohortSampler(partition, config.cohort_size, config.seed)
+    first = next(dispatches(config, partition, sampler, cohort.slots, 0))
+    _, _, inputs = place_inputs(placement, dataset.train.images, first)
+    arguments = (cohort.initial_state(), inputs, *run_constants(config, placement))
+    compiled = placement.dispatch(program, arguments[0]).lower(*arguments).compile()
+
+    found = collectives(compiled.as_text())
+    assert {c.operation for c in found} == {"all-reduce", "all-gather"}
+    views = 2 if loss == "server" else 1
+    keys_and_mask = views * 3 * (4 * config.head_width + 1)  # one client of 3 images a device
+    gathered = sum(c.operand_bytes for c in found if c.operation == "all-gather")
+    assert gathered == keys_and_mask
+    state = arguments[0]
+    models = (state.server.params, state.population.params)
+    models = (*models, state.population.params) if aligned else models
+    reduced = sum(c.operand_bytes for c in found if c.operation == "all-reduce")
+    expected = sum(x.nbytes for x in jax.tree.leaves(models))
+    same_gradient = 2 * 4 * 8  # shifts of norm2 and of the shortcut: XLA may send one of two
+    assert expected - same_gradient <= reduced <= expected + 8 * 4  # and a few numbers
+
+
+def test_collectives_are_read_from_a_program():
+    """Operands on one device of each kind, in the notations of two backends."""
+    hlo = """
+  %a = (f32[3,3,4]{2,1,0}, f32[5]{0}) all-reduce(%x, %y), replica_groups={{0,1,2,3}}, to_apply=%s
+  %b = f32[2,12,8]{2,1,0} all-gather(%k), channel_id=1, replica_groups=[1,4]<=[4], dimensions={1}
+  %c = f32[6]{0} reduce-scatter(%g), replica_groups={{0,1},{2,3}}, dimensions={0}
+  %d = pred[] all-reduce-start(%p), replica_groups=[2,2]<=[4]
+  %e = pred[] all-reduce-done(%d)
+"""
+    assert collectives(hlo) == [
+        ("all-reduce", 164),
+        ("all-gather", 192),
+        ("reduce-scatter", 48),
+        ("all-reduce", 1),
+    ]
+
+
+def processes(folder: Path, npz: Path, number: int, **fields) -> list[subprocess.Popen]:
+    """The command of one run as so many processes over loopback, two devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
+    command = [sys.executable, "-m", "mocosfl_jax.main", "--config", "configs/cifar10.py"]
+    command += [f"--workdir={folder}", *tiny.flags(npz, **{**FIELDS, **fields})]
+    command.remove("--config.devices=1")
+    command += [f"--coordinator=localhost:{port}", f"--num_processes={number}"]
+    return [
+        subprocess.Popen(
+            [*command, f"--process_id={i}"],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(number)
+    ]
+
+
+def test_two_processes_give_the_same_run_and_resume(npz, one, tmp_path):
+    """SIGTERM of one process stops both at one step; one process alone goes on."""
+    both = processes(tmp_path, npz, 2, rounds=200)
+    metrics = tmp_path / "metrics.jsonl"
+    while not list(tmp_path.glob("checkpoints/[0-9]*")):
+        assert all(p.poll() is None for p in both), both[0].communicate()
+        time.sleep(0.1)
+    both[1].terminate()
+    outputs = [p.communicate(timeout=100) for p in both]
+    assert [p.returncode for p in both] == [143, 143], outputs
+    assert "saved" in outputs[0][1]
+    assert "kNN" in outputs[0][0] and "kNN" not in outputs[1][0]  # one process speaks
+    assert metrics.exists()
+
+    whole = tmp_path / "whole"
+    both = processes(whole, npz, 2)
+    outputs = [p.communicate(timeout=200) for p in both]
+    assert [p.returncode for p in both] == [0, 0], outputs
+    assert_same_run(whole, one, npz)
+    assert json.loads((whole / "summary.json").read_text())["processes"] == 2
