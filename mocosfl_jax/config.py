@@ -65,7 +65,8 @@ class Config:
     # ------------------------------------------------------------------------------ schedule
     # Passes over the data that the rule for rounds aims at (paper: 200).
     epochs: int = 200
-    # Steps in a round, the same for every client. Rule: images // (N * B), at least 1.
+    # Steps in a round, the same for every client. Rule: images of a client // B, at least 1; it
+    # holds images_per_client, or the N-th part of all.
     steps_per_round: int = RULE
     # Rounds. Rule: epochs * N / C, so that total work does not depend on the cohort; epochs *
     # images / (steps_per_round * C * B) where steps_per_round is set.

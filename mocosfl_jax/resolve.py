@@ -55,8 +55,8 @@ def _fill(config: Config, info: DatasetInfo) -> Config:
     rows = config.cohort_size * config.batch_size
     if config.steps_per_round is None:
         fill("rounds", math.ceil(config.epochs * config.num_clients / max(1, config.cohort_size)))
-        steps = info.num_train // max(1, config.num_clients * config.batch_size)
-        fill("steps_per_round", max(1, steps))
+        held = config.images_per_client or info.num_train / max(1, config.num_clients)
+        fill("steps_per_round", max(1, int(held / max(1, config.batch_size))))
     images_a_round = max(1, config.steps_per_round * rows)
     fill("rounds", max(1, round(config.epochs * info.num_train / images_a_round)))
     syncs = 1000 // max(1, config.batch_size * config.num_clients)

@@ -2,7 +2,10 @@
 
 import jax
 import numpy as np
+import pytest
 
+from benchmarks import clients, gpu
+from benchmarks.devices import random_images
 from benchmarks.step import measure, setting, step_flops, unit_products
 from mocosfl_jax.build import model_of
 
@@ -47,3 +50,20 @@ def test_a_short_run_gives_every_figure():
     assert figures["federation_overhead"] > 0
     assert 0 < figures["fraction_of_peak"] < 1
     assert set(figures["compile_seconds"]) == {"step", "augmentation", "dispatch"}
+
+
+def test_the_accelerator_benchmark_runs_in_short():
+    row = gpu.steps(4, "float32", repeats=1, short=True)
+    assert row["images_a_second"] == pytest.approx(4 / row["seconds_a_step"])
+    rows = gpu.convolutions(4, "bfloat16", repeats=1, short=True)
+    assert [row["channels"] for row in rows] == ["3 to 8", "64 to 8"]
+
+
+def test_registered_clients_share_one_program():
+    """Compiled for five clients, run with a thousand: no shape grows with stateless ones."""
+    overrides = ("--config.width=4", "--config.blocks_per_stage=(1,)", "--config.head_width=8")
+    few, many = (clients.setting(n, 5, *overrides) for n in (5, 1000))
+    data = random_images(few)
+    rounds = clients.Rounds(few, data)
+    advance = rounds.compile()
+    assert clients.Rounds(many, data).round(advance) > 0

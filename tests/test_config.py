@@ -11,6 +11,7 @@ import mocosfl_jax
 from mocosfl_jax.config import EXECUTION_FIELDS, Config, check_types, default_config
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.plan import check_fits
 from mocosfl_jax.resolve import resolve
 
 CIFAR10 = DatasetInfo(
@@ -107,6 +108,8 @@ def test_every_field_is_resolved():
         "std",
         "classes_per_client",
         "dirichlet_alpha",
+        "images_per_client",
+        "devices",
     }
     unset = {name for name, value in vars(resolved()).items() if value is None}
     assert unset == optional
@@ -144,11 +147,41 @@ def test_every_field_is_resolved():
         ("mean", {"mean": (0.5, 0.5)}),
         ("std", {"std": (0.5, 0.0, 0.5)}),
         ("knn_temperature", {"knn_temperature": 0.001}),
+        ("images_per_client", {"images_per_client": 50_001}),
+        ("images_per_client", {"images_per_client": 0}),
+        ("client_state", {"client_state": "none"}),
+        ("client_state", {"client_state": "stateless"}),
+        (
+            "client_state",
+            {"client_state": "stateless", "align_momentum": True, "feature_sharing": False},
+        ),
+        ("cohort_chunks", {"cohort_chunks": 2, "head": "largeV2"}),
+        ("devices", {"devices": 0}),
+        ("server_shards", {"server_shards": 0}),
     ],
 )
 def test_a_value_that_cannot_hold_is_named(field, fields):
     with pytest.raises(InputError, match=rf"config\.{field} = "):
         resolved(**fields)
+
+
+def test_a_million_clients_that_share_images():
+    config = resolved(num_clients=1_000_000, images_per_client=5, epochs=1)
+    assert (config.cohort_size, config.batch_size, config.steps_per_round) == (100, 1, 5)
+    assert config.rounds == 10_000
+    with pytest.raises(InputError, match=r"num_clients = 1000000: .*config\.images_per_client"):
+        resolved(num_clients=1_000_000)
+
+
+def test_state_beyond_the_memory_is_refused_with_sizes_and_a_way_out():
+    """Two client models of 928 parameters of 4 bytes each, state and copy: 15 GB."""
+    narrow = {"width": 32, "blocks_per_stage": (1, 1), "images_per_client": 1}
+    config = resolved(num_clients=1_000_000, **narrow)
+    with pytest.raises(InputError, match=r"client_state = 'persistent': .* 14\.8 GB.* stateless"):
+        check_fits(config, 14 * 10**9)
+    check_fits(config, 16 * 10**9)
+    stateless = {"client_state": "stateless", "align_momentum": True}
+    check_fits(resolved(num_clients=1_000_000, **narrow, **stateless), 10**9)
 
 
 def test_unlabelled_images_can_only_be_iid():

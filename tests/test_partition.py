@@ -1,10 +1,13 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 
+from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.partition import (
     Partition,
+    SharedImages,
     by_classes,
     class_counts,
     describe,
@@ -185,3 +188,73 @@ def test_a_hundred_thousand_clients():
 def test_bad_input_names_the_field(make, field):
     with pytest.raises(InputError, match=f"^{field} = "):
         make()
+
+
+# ---------------------------------------------------------------------------- shared images
+
+
+def shared(clients: int = 50, images: int = 6, **fields) -> SharedImages:
+    settings = {"labels": LABELS, "classes_per_client": None, "alpha": None, "seed": 3}
+    return SharedImages(
+        len(LABELS), **{**settings, **fields}, num_clients=clients, images_per_client=images
+    )
+
+
+@pytest.mark.parametrize("fields", [{}, {"classes_per_client": 2}, {"alpha": 0.3}])
+def test_shared_images_depend_on_seed_and_client_alone(fields):
+    few, many = shared(50, **fields), shared(1_000_000, **fields)
+    other = shared(50, **{**fields, "seed": 4})
+    differ = 0
+    for client in (0, 7, 49):
+        ids = few.client(client)
+        assert ids.dtype == np.int32
+        assert len(set(ids.tolist())) == 6  # none twice
+        np.testing.assert_array_equal(ids, many.client(client))
+        differ += not np.array_equal(ids, other.client(client))
+    assert differ == 3
+    assert len(many.sizes) == 1_000_000
+    assert set(many.sizes[[0, 999_999]]) == {6}
+
+
+def test_shared_images_of_classes_per_client():
+    partition = shared(200, images=5, classes_per_client=2)
+    seen = set()
+    for client in range(200):
+        classes, counts = np.unique(LABELS[partition.client(client)], return_counts=True)
+        assert sorted(counts) == [2, 3]
+        seen.add(tuple(classes))
+    assert len(seen) == math.comb(len(np.unique(LABELS)), 2)  # every pair of classes occurs
+
+
+def test_shared_images_of_a_skewed_client_come_from_few_classes():
+    def classes(alpha: float) -> float:
+        partition = shared(100, alpha=alpha)
+        held = [len(np.unique(LABELS[partition.client(c)])) for c in range(100)]
+        return float(np.mean(held))
+
+    assert classes(0.05) < 1.7 < 2.3 < classes(100.0)
+
+
+def test_shared_images_fill_up_from_other_classes_when_one_runs_out():
+    smallest = np.bincount(LABELS).min()
+    partition = shared(20, images=len(LABELS) - smallest, alpha=0.01)
+    for client in range(20):
+        assert len(set(partition.client(client).tolist())) == len(LABELS) - smallest
+
+
+def test_shared_images_refuse_what_cannot_be_drawn():
+    with pytest.raises(InputError, match=r"^config.classes_per_client = 2: .* IID"):
+        shared(labels=None, classes_per_client=2)
+    with pytest.raises(InputError, match=r"^config.images_per_client = .* images$"):
+        shared(images=len(LABELS), classes_per_client=1)
+    with pytest.raises(IndexError, match="50 of 50"):
+        shared().client(50)
+
+
+def test_a_million_clients_of_which_most_have_nothing():
+    """The cohort is drawn among those with images; nothing is touched for the rest."""
+    partition = dirichlet(np.arange(1_000_000) % 10, 1_000_000, 0.1, 0)
+    sampler = CohortSampler(partition, 100, seed=0)
+    cohort = sampler.draw(3)
+    assert (partition.sizes[cohort] > 0).all()
+    assert (partition.sizes == 0).sum() > 100_000

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax import load_encoder
+from mocosfl_jax import load_encoder, placement
 from mocosfl_jax.build import program_of
 from mocosfl_jax.checkpoint import Checkpoints
+from mocosfl_jax.core.dispatch import run_dispatch
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.placement import single_device
 from mocosfl_jax.progress import Progress
@@ -99,6 +100,19 @@ def test_resuming_in_mid_round_with_another_dispatch_length(npz, tmp_path, stop_
     run(tmp_path, npz, rounds=1, steps_per_dispatch=3)
     assert [line["step"] for line in lines(tmp_path)] == list(range(7))
     assert int(final_state(tmp_path, npz, rounds=1).step) == 6
+
+
+def test_a_run_traces_its_dispatch_once(npz, tmp_path, monkeypatch):
+    """However many dispatches and rounds there are."""
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return run_dispatch(*args)
+
+    monkeypatch.setattr(placement, "run_dispatch", counted)
+    run(tmp_path, npz)
+    assert len(traces) == 1
 
 
 def test_queue_pointer_and_step_count(whole, npz):
