@@ -299,6 +299,12 @@ def _check_scale(config: Config) -> None:
             config.client_state,
             "a client's private queue would be lost: persistent, or set config.feature_sharing",
         )
+    if config.cohort_chunks > config.cohort_size:
+        raise InputError(
+            "config.cohort_chunks",
+            config.cohort_chunks,
+            f"at most one client a chunk: 1 to {config.cohort_size}",
+        )
     if config.cohort_chunks > 1 and HEADS[config.head].batch_norm:
         raise InputError(
             "config.cohort_chunks",

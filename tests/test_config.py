@@ -156,6 +156,7 @@ def test_every_field_is_resolved():
             {"client_state": "stateless", "align_momentum": True, "feature_sharing": False},
         ),
         ("cohort_chunks", {"cohort_chunks": 2, "head": "largeV2"}),
+        ("cohort_chunks", {"cohort_chunks": 6, "num_clients": 5}),
         ("devices", {"devices": 0}),
         ("server_shards", {"server_shards": 0}),
     ],
