@@ -11,7 +11,11 @@
 set -euo pipefail
 
 usage="usage: launch/local.sh PROCESSES --config FILE --workdir DIR [--config.field=value ...]"
-processes=${1:?$usage}
+if (($# == 0)); then
+  echo "$usage" >&2
+  exit 2
+fi
+processes=$1
 shift
 if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then
   echo "launch/local.sh: PROCESSES = '$processes': a number of at least 1 is needed" >&2
@@ -76,6 +80,6 @@ while ((${#pids[@]})); do
       fi
     fi
   done
-  sleep 0.2
+  sleep 0.2 || true # Ctrl-C ends it, not the script
 done
 exit "$worst"

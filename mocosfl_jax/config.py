@@ -260,7 +260,9 @@ def check_types(raw: ConfigDict) -> Config:
         value = values[name]
         if type(value) is not kind:
             raise InputError(f"config.{name}", value, f"a {kind.__name__} is needed")
-        if isinstance(value, float) and not math.isfinite(value):
+        members: Any = value if kind is tuple else (value,)
+        numbers = [x for x in members if isinstance(x, float)]
+        if not all(map(math.isfinite, numbers)):
             raise InputError(f"config.{name}", value, "a finite number is needed")
     missing = [f.name for f in dataclasses.fields(Config) if f.default is not None]
     for name in missing:

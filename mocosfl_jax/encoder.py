@@ -53,6 +53,9 @@ class Encoder:
 
     def _encode(self, images: np.ndarray | Sequence[np.ndarray]) -> Encoded:
         size = self.model.image_size
+        if len(images) == 0 or (isinstance(images, np.ndarray) and images.ndim == 3):
+            allowed = "a stack (n, H, W, 3) or a sequence of at least one image is needed"
+            raise InputError("images", np.shape(images), allowed)
         stacked = np.stack([_to_square(np.asarray(image), size) for image in images])
         batch_size = min(self.batch_size, len(stacked))
         return encode(self.model.encode, self.variables, stacked, self.mean, self.std, batch_size)

@@ -68,6 +68,8 @@ def _parse(argv: list[str]) -> flags.FlagValues:
             list(config)  # the file is loaded only now, and may fail
     except Exception as error:  # a config file is code, and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, AttributeError | KeyError):
+            reason = f"no such field: {reason}"
         raise InputError("command line", " ".join(argv[1:]), reason) from None
     if values.help:
         return values
@@ -75,8 +77,8 @@ def _parse(argv: list[str]) -> flags.FlagValues:
         raise InputError("command line", rest[1], "options start with --")
     if config is None:
         raise InputError("--config", None, "a config file is needed, e.g. configs/quickstart.py")
-    if values.workdir is None and not values.dry_run:
-        raise InputError("--workdir", None, "a folder for the run is needed")
+    if not values.workdir and not values.dry_run:
+        raise InputError("--workdir", values.workdir, "a folder for the run is needed")
     return values
 
 
@@ -112,7 +114,7 @@ def _run(raw: ConfigDict, path: str, dry_run: bool) -> int:
         print(f"mocosfl_jax: {stop}; the same command resumes", file=sys.stderr)
         return STOPPED
     except NonFiniteError as error:
-        print(f"mocosfl_jax: {error}; the last good checkpoint is kept", file=sys.stderr)
+        print(f"mocosfl_jax: {error}; what was saved before stays", file=sys.stderr)
         return 1
     finally:
         workdir.close()

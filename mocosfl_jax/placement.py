@@ -63,7 +63,7 @@ class Placement:
 
     def fetch(self, tree: Any) -> Any:
         """NumPy copies on every process of arrays that may be split over all of them."""
-        return jax.device_get(jax.jit(lambda x: x, out_shardings=self.whole)(tree))
+        return jax.device_get(jax.jit(_identity, out_shardings=self.whole)(tree))
 
     def state_shardings(self, state: Any) -> Any:
         """The sharding of every leaf of a TrainState (of arrays or shapes)."""
@@ -112,6 +112,10 @@ class Placement:
             steps, mesh=self.mesh, in_specs=(specs, inputs, P(), P()), out_specs=(specs, P())
         )
         return jax.jit(spread, donate_argnums=0)
+
+
+def _identity(tree: Any) -> Any:
+    return tree
 
 
 @functools.cache

@@ -23,8 +23,7 @@ class Plan:
     bytes_up_per_client_round, bytes_down_per_client_round: what a participant sends and receives in
       a round of `steps_per_round` full batches: latents of both views; the gradient of its query
       latents; at each sync its model up and the average down. Frozen clients exchange latents only.
-    state_bytes: the train state; client_bytes: what of it is kept for clients between rounds.
-    activation_bytes: what the backward pass of one step keeps.
+    state_bytes: the train state. activation_bytes: what the backward pass of one step keeps.
     """
 
     client_params: int
@@ -32,7 +31,6 @@ class Plan:
     bytes_up_per_client_round: int
     bytes_down_per_client_round: int
     state_bytes: int
-    client_bytes: int
     activation_bytes: int
 
     @property
@@ -58,23 +56,32 @@ def plan(config: Config) -> Plan:
         bytes_up_per_client_round=config.steps_per_round * 2 * latent_bytes + sync_bytes,
         bytes_down_per_client_round=config.steps_per_round * gradient_bytes + sync_bytes,
         state_bytes=_bytes(state),
-        client_bytes=_bytes(state.population),
         activation_bytes=_activation_bytes(config, program, state),
     )
 
 
-def check_fits(config: Config, memory_bytes: int) -> None:
-    """Raises: InputError: the state and its copy at a save exceed the device's memory."""
-    sizes = plan(config)
-    needed = 2 * sizes.state_bytes
-    if needed > memory_bytes:
-        raise InputError(
-            "config.client_state",
-            config.client_state,
-            f"the state and its copy at a save take {needed / 1e9:.1f} GB, of which the clients'"
-            f" {2 * sizes.client_bytes / 1e9:.1f} GB, and the device has {memory_bytes / 1e9:.1f}"
-            " GB: stateless clients (with config.align_momentum) keep nothing between rounds",
-        )
+def check_fits(config: Config, state_bytes: dict[str, int], memory_bytes: int) -> None:
+    """Raises: InputError: the state and its copy at a save exceed the device's memory.
+
+    Args: state_bytes: of each part of the state on one device.
+    """
+    needed = 2 * sum(state_bytes.values())
+    if needed <= memory_bytes:
+        return
+    part = max(state_bytes, key=lambda name: state_bytes[name])
+    field, hint = {
+        "population": ("client_state", "stateless clients (with align_momentum) keep nothing"),
+        "queue": ("queue_length", "a shorter queue"),
+        "cohort": ("cohort_size", "a smaller cohort or more devices"),
+        "server": ("server_shards", "more shards or a smaller network"),
+    }[part]
+    raise InputError(
+        f"config.{field}",
+        getattr(config, field),
+        f"the state and its copy at a save take {needed / 1e9:.1f} GB, the {part} alone"
+        f" {2 * state_bytes[part] / 1e9:.1f} GB, and a device has {memory_bytes / 1e9:.1f} GB:"
+        f" {hint}",
+    )
 
 
 def _images(config: Config) -> jax.ShapeDtypeStruct:

@@ -1,6 +1,7 @@
 """What JAX is told before a run: the processes that run it together, where programs are cached."""
 
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -31,8 +32,11 @@ def initialize(
             _from_environment()
         return
     if missing:
-        raise InputError(missing[0], None, f"needed together with {', '.join(explicit)}")
-    assert num_processes is not None and process_id is not None
+        given = next(name for name in explicit if name not in missing)
+        raise InputError(missing[0], None, f"needed together with {given}")
+    assert coordinator is not None and num_processes is not None and process_id is not None
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise InputError("--coordinator", coordinator, "HOST:PORT is needed")
     if not 0 <= process_id < num_processes:
         raise InputError("--process_id", process_id, f"from 0 to {num_processes - 1}")
     jax.distributed.initialize(coordinator, num_processes, process_id)

@@ -166,7 +166,7 @@ def _check_ranges(config: Config) -> None:
                 check(name, holds(values[name]), allowed)
     for name in ("mean", "std"):
         if name in values:
-            numbers = all(isinstance(x, int | float) for x in values[name])
+            numbers = all(type(x) in (int, float) for x in values[name])
             check(name, len(values[name]) == 3 and numbers, "three numbers are needed")
     if config.std is not None:
         check("std", min(config.std) > 0, "numbers above 0 are needed")
@@ -237,6 +237,12 @@ def _check_clients(config: Config, info: DatasetInfo) -> None:
 
 def _check_schedule(config: Config) -> None:
     steps = config.steps_per_round
+    if config.total_steps >= 2**31:
+        raise InputError(
+            "config.rounds",
+            config.rounds,
+            f"fewer than 2**31 steps, {steps} a round: 1 to {(2**31 - 1) // steps}",
+        )
     if config.syncs_per_round > steps:
         raise InputError(
             "config.syncs_per_round", config.syncs_per_round, f"at most one a step: 1 to {steps}"

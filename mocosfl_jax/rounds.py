@@ -1,6 +1,7 @@
 """What the loop puts on the devices: the state round by round, and the inputs of a dispatch."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -62,7 +63,11 @@ class Cohort:
         self.begin = jit(partial(begin_round, align_momentum=align))
         self.end = jit(partial(end_round, align_momentum=align))
         self.padded = jax.jit(self._with(self.slots), out_shardings=shardings)
-        self._shardings = shardings
+        self._shardings = self._saved = shardings
+        if self.slots != config.cohort_size:  # what is saved does not fill the devices
+            whole = jax.tree.map(lambda _: placement.whole, shardings.cohort)
+            self._saved = shardings.replace(cohort=whole, cohort_ids=placement.whole)
+        self._cut = jax.jit(self._with(config.cohort_size), out_shardings=self._saved)
 
     def initial_state(self) -> TrainState:
         """State before the first step, from the seed."""
@@ -73,9 +78,7 @@ class Cohort:
         """A copy without padding, as it is saved: the same for every number of devices."""
         if self.slots == self._config.cohort_size:
             return jax.tree.map(jnp.copy, state)
-        return jax.jit(self._with(self._config.cohort_size), out_shardings=self._saved(state))(
-            state
-        )
+        return self._cut(state)
 
     def abstract_unpadded(self, state: TrainState) -> Any:
         """Shapes and shardings of what is saved."""
@@ -83,15 +86,19 @@ class Cohort:
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,
-            self._saved(state),
+            self._saved,
         )
 
     def _with(self, slots: int) -> Callable[[TrainState], TrainState]:
         return partial(with_slots, slots=slots, num_clients=self._config.num_clients)
 
-    def _saved(self, state: TrainState) -> Any:
-        """The cohort is whole on every device where its slots do not fill them."""
-        if self.slots == self._config.cohort_size:
-            return self._shardings
-        whole = jax.tree.map(lambda _: self._placement.whole, state.cohort)
-        return self._shardings.replace(cohort=whole, cohort_ids=self._placement.whole)
+    def bytes_a_device(self) -> dict[str, int]:
+        """Memory of the parts of the state on one device, by the name of the part."""
+        shapes = jax.eval_shape(self._initial)
+
+        def size(x: Any, sharding: Any) -> int:
+            return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+        sizes = jax.tree.map(size, shapes, self._shardings)
+        names = ("server", "population", "cohort", "queue")
+        return {name: sum(jax.tree.leaves(getattr(sizes, name))) for name in names}

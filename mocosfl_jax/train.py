@@ -69,18 +69,18 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
 
     # ------------------------------------------------------------------ what the config means
     config = with_channel_stats(config, dataset)
-    check_fits(config, memory_bytes())
     placement = make_placement(config.devices, config.server_shards)
+    program = program_of(config, axes_of(config.server_shards))
+    cohort = Cohort(config, placement, program)
+    check_fits(config, cohort.bytes_a_device(), memory_bytes())
     partition = partition_of(config, dataset)
     sampler = CohortSampler(partition, config.cohort_size, config.seed)
     workdir.claim(dataclasses.asdict(config))
-    program = program_of(config, axes_of(config.server_shards))
     progress = Progress(config, is_primary())
     _describe(progress, partition, dataset)
 
     # ------------------------------------------------------------------------- start or resume
     checkpoints = Checkpoints(workdir.checkpoints_path, config.keep_checkpoints)
-    cohort = Cohort(config, placement, program)
     state, clock = cohort.initial_state(), Clock()
     if checkpoints.latest_step() is not None:
         saved, clock = checkpoints.restore(cohort.abstract_unpadded(state))
@@ -342,10 +342,10 @@ def summarize(
 
 
 def memory_bytes() -> int:
-    """Of the device where it reports it, else of the machine."""
+    """Of a device where it reports it, else this device's part of the machine's."""
     stats = jax.local_devices()[0].memory_stats() or {}
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(stats.get("bytes_limit", machine))
+    return int(stats.get("bytes_limit", machine // jax.local_device_count()))
 
 
 def peak_memory_bytes() -> int:

@@ -8,11 +8,14 @@ import pytest
 from ml_collections import ConfigDict
 
 import mocosfl_jax
+from mocosfl_jax.build import program_of
 from mocosfl_jax.config import EXECUTION_FIELDS, Config, check_types, default_config
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.placement import single_device
 from mocosfl_jax.plan import check_fits
 from mocosfl_jax.resolve import resolve
+from mocosfl_jax.rounds import Cohort
 
 CIFAR10 = DatasetInfo(
     name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10
@@ -146,6 +149,9 @@ def test_every_field_is_resolved():
         ("blur_kernel_size", {"blur_kernel_size": 8}),
         ("mean", {"mean": (0.5, 0.5)}),
         ("std", {"std": (0.5, 0.0, 0.5)}),
+        ("std", {"std": (True, 0.5, 0.5)}),
+        ("mean", {"mean": (0.5, 0.5, float("inf"))}),
+        ("rounds", {"rounds": 2**31}),
         ("knn_temperature", {"knn_temperature": 0.001}),
         ("images_per_client", {"images_per_client": 50_001}),
         ("images_per_client", {"images_per_client": 0}),
@@ -177,12 +183,18 @@ def test_a_million_clients_that_share_images():
 def test_state_beyond_the_memory_is_refused_with_sizes_and_a_way_out():
     """Two client models of 928 parameters of 4 bytes each, state and copy: 15 GB."""
     narrow = {"width": 32, "blocks_per_stage": (1, 1), "images_per_client": 1}
-    config = resolved(num_clients=1_000_000, **narrow)
+
+    def check(memory_bytes: int, **fields) -> None:
+        config = resolved(num_clients=1_000_000, **narrow, **fields)
+        cohort = Cohort(config, single_device(), program_of(config))
+        check_fits(config, cohort.bytes_a_device(), memory_bytes)
+
     with pytest.raises(InputError, match=r"client_state = 'persistent': .* 14\.8 GB.* stateless"):
-        check_fits(config, 14 * 10**9)
-    check_fits(config, 16 * 10**9)
-    stateless = {"client_state": "stateless", "align_momentum": True}
-    check_fits(resolved(num_clients=1_000_000, **narrow, **stateless), 10**9)
+        check(14 * 10**9)
+    check(16 * 10**9)
+    check(10**9, client_state="stateless", align_momentum=True)
+    with pytest.raises(InputError, match=r"queue_length = 1000000: .* the queue alone 8\.2 GB"):
+        check(10**9, client_state="stateless", align_momentum=True, queue_length=1_000_000)
 
 
 def test_unlabelled_images_can_only_be_iid():

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mocosfl_jax.errors import InputError
 from mocosfl_jax.main import main
+from mocosfl_jax.processes import initialize
 from tests import tiny
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "cifar10.py")
@@ -37,7 +39,9 @@ def refused(capsys, argv: list[str]) -> str:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("--config.no_such_field=1", ["no_such_field"]),
+        ("--config.no_such_field=1", ["no such field", "no_such_field"]),
+        ("--workdir=", ["--workdir"]),
+        ("--coordinator=host:1", ["--num_processes", "--coordinator"]),
         ("--config.num_clients=many", ["num_clients", "many"]),
         ("--config.dataset=cifar11", ["config.dataset", "cifar11"]),
         ("--config.dataset=npz:/nowhere.npz", ["/nowhere.npz"]),
@@ -87,6 +91,29 @@ def test_a_folder_with_a_broken_image(capsys, npz, tmp_path):
     broken.write_bytes(b"no image")
     argv = command(npz, f"--config.dataset=folder:{tmp_path / 'pictures'}", "--config.image_size=8")
     assert str(broken) in refused(capsys, argv)
+
+
+@pytest.mark.parametrize("names", [("train", "val", "misc"), ("Train", "Val")])
+def test_folders_beside_the_splits_are_no_classes(capsys, npz, tmp_path, names):
+    for name in names:
+        (tmp_path / name / "cat").mkdir(parents=True)
+        for index in range(4):
+            picture = Image.new("RGB", (9, 9), (20 * index, 0, 0))
+            picture.save(tmp_path / name / "cat" / f"{index}.png")
+    argv = command(npz, f"--config.dataset=folder:{tmp_path}", "--config.image_size=8")
+    assert str(tmp_path / names[-1 if "misc" in names else 0]) in refused(capsys, argv)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"coordinator": "host", "num_processes": 1, "process_id": 0}, "--coordinator = 'host'"),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 2}, "--process_id = 2"),
+    ],
+)
+def test_processes_that_cannot_join_are_refused(arguments, words):
+    with pytest.raises(InputError, match=words):
+        initialize(multihost=False, **arguments)
 
 
 def test_an_npz_with_wrong_shapes(capsys, npz, tmp_path):

@@ -59,7 +59,7 @@ def numbered(images, start=0):
         ("cifar11", {}, "dataset", ["folder:PATH", "close names: cifar10"]),
         ("cifar-10", {}, "dataset", ["close names: cifar10"]),
         ("", {}, "dataset", []),
-        ("folder:", {"image_size": 8}, "dataset", ["path"]),
+        ("folder:", {"image_size": 8}, "dataset", ["PATH"]),
         ("folder:/nowhere", {"image_size": 8}, "dataset", ["existing folder"]),
         ("folder:/nowhere", {}, "image_size", ["store size"]),
         ("synthetic", {"image_size": 0}, "image_size", []),

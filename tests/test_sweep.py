@@ -588,7 +588,7 @@ def test_rows_are_what_the_columns_leave(tmp_path):
         (0, 1),
         ("A, num_clients=9", "A, num_clients=100", "B, num_clients=9", "B, num_clients=100"),
     )
-    assert table.cells["A, num_clients=9", "linear_top1", 1] == Cell((53.0,), 1)
+    assert table.cells["A, num_clients=9", "linear_top1", 1] == Cell((53.0,), 1, 1)
     assert str(table.cells["B, num_clients=9", "linear_top1", 1]) == ""
 
 
@@ -599,6 +599,17 @@ def test_other_columns_and_metrics_from_the_config(tmp_path, capsys):
     assert "| A, num_clients=9 | steps | 7.00 (1) | 7.00 (1) |" in capsys.readouterr().out
     assert main([*report, "--config.metrics=accuracy"]) == 2
     assert "config.metrics = 'accuracy'" in capsys.readouterr().err
+
+
+def test_a_metric_that_no_run_has_is_refused_before_any_run(tmp_path, capsys):
+    argv = ["sweep", "--workdir", str(tmp_path), "--dry_run", "--config", SWEEP]
+    assert main([*argv, "--config.metrics=knn_top"]) == 2
+    assert "config.metrics = 'knn_top': one of" in capsys.readouterr().err
+
+
+def test_a_finished_run_without_a_metric_is_finished():
+    assert str(Cell((), finished=2, runs=2)) == "- (2)"
+    assert str(Cell((), finished=1, runs=2)) == "- (1 of 2)"
 
 
 def test_no_sweep_to_report_on(tmp_path, capsys):

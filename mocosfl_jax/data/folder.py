@@ -71,6 +71,7 @@ def prepare(request: Request) -> Prepared:
 
 def _find_splits(root: Path, request: Request) -> tuple[_Files, _Files | None]:
     names = {folder.name for folder in _folders(root)}
+    _check_names(root, names)
     if _TRAIN not in names or not names <= {_TRAIN, *_TESTS}:
         return _hold_out(_list(root), root, request)
     train = _list(root / _TRAIN)
@@ -86,6 +87,20 @@ def _find_splits(root: Path, request: Request) -> tuple[_Files, _Files | None]:
             f"the class folders of {root / _TRAIN} are needed, no more and no fewer",
         )
     return train, test
+
+
+def _check_names(root: Path, names: set[str]) -> None:
+    """Splits must not pass for classes: no other folder, and no other spelling, beside them.
+
+    Raises: InputError: names such a folder.
+    """
+    spelled = {name.lower() for name in names}
+    if _TRAIN not in spelled or not spelled & set(_TESTS):
+        return
+    strays = sorted(names - {_TRAIN, *_TESTS})
+    if strays:
+        allowed = f"beside {_TRAIN} only {' or '.join(_TESTS)}, in lower case, or classes alone"
+        raise InputError(str(root / strays[0]), "a folder", allowed)
 
 
 def _hold_out(files: _Files, where: Path, request: Request) -> tuple[_Files, _Files | None]:

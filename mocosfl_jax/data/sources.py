@@ -61,7 +61,7 @@ def _prepare(dataset: str, options: Options) -> Prepared:
 
 def _check(request: Request, is_tfds: bool) -> None:
     if not request.location:
-        raise InputError("config.dataset", request.dataset, "a path is needed after the colon")
+        raise InputError("config.dataset", request.dataset, "a name, or folder:PATH, or npz:PATH")
     if request.image_size is not None and request.image_size < 1:
         raise InputError("config.image_size", request.image_size, "at least 1 pixel is needed")
     if not 0 <= request.holdout_fraction < 1:

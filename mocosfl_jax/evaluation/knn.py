@@ -4,6 +4,8 @@ Reference: Wu, Xiong, Yu, Lin, "Unsupervised Feature Learning via Non-Parametric
 Discrimination", CVPR 2018, section 3.4.
 """
 
+import functools
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -93,13 +95,7 @@ def knn_top1(
 
     placement = placement or single_device()
     whole, rows = placement.whole, placement.rows()
-    spread = jax.shard_map(
-        partial(_vote, num_classes=num_classes, k=k, temperature=temperature),
-        mesh=placement.mesh,
-        in_specs=(rows.spec, whole.spec, whole.spec),
-        out_specs=rows.spec,
-    )
-    vote = jax.jit(lambda *arrays: jax.lax.with_sharding_constraint(spread(*arrays), whole))
+    vote = _spread_vote(placement, num_classes, k, temperature)
     bank = _unit_rows(placement.put_array(bank_ND, whole))
     bank_labels = placement.put_array(bank_labels_N, whole)
     at_once = chunk_size * placement.devices
@@ -112,6 +108,21 @@ def knn_top1(
         predicted_Q = np.argmax(jax.device_get(scores_QC), axis=1)
         correct += int(np.sum(predicted_Q[: len(labels_Q)] == labels_Q))
     return 100.0 * correct / len(labels_M)
+
+
+@functools.cache
+def _spread_vote(
+    placement: Placement, num_classes: int, k: int, temperature: float
+) -> Callable[..., jax.Array]:
+    """`_vote` with the queries split over the devices, the scores whole on each."""
+    whole, rows = placement.whole, placement.rows()
+    spread = jax.shard_map(
+        partial(_vote, num_classes=num_classes, k=k, temperature=temperature),
+        mesh=placement.mesh,
+        in_specs=(rows.spec, whole.spec, whole.spec),
+        out_specs=rows.spec,
+    )
+    return jax.jit(lambda *arrays: jax.lax.with_sharding_constraint(spread(*arrays), whole))
 
 
 @jax.jit

@@ -5,7 +5,7 @@ turns it into runs, each of which has been checked as `mocosfl_jax.main` would c
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -23,6 +23,21 @@ from mocosfl_jax.resolve import resolve
 
 Fields = dict[str, Any]
 """Values of config fields, by name."""
+
+METRICS = (
+    "steps",
+    "linear_top1",
+    "linear_top1_best_test_epoch",
+    "knn_top1",
+    "knn_top1_at_init",
+    "images_per_second",
+    "compile_seconds",
+    "wall_seconds",
+    "peak_memory_bytes",
+    "bytes_up_per_client_round",
+    "bytes_down_per_client_round",
+)
+"""Numbers of summary.json that a report can show."""
 
 
 def default_sweep() -> ConfigDict:
@@ -100,6 +115,7 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
     fixed = {name: value for name, value in sweep.fixed.items() if value is not None}
     grid = {name: values for name, values in sweep.grid.items() if values is not None}
     methods = sweep.methods.to_dict() or {"": {}}
+    _check_metrics(sweep.metrics)
     _check_places(fixed, grid, methods)
     _check_more_seeds(sweep.more_seeds, grid)
     ranked = []
@@ -151,6 +167,12 @@ def _load(run: Run) -> ConfigDict:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError("config.base", run.base, reason) from None
     return values.config
+
+
+def _check_metrics(metrics: Iterable[str]) -> None:
+    for name in metrics:
+        if name not in METRICS:
+            raise InputError("config.metrics", name, f"one of {', '.join(METRICS)} is needed")
 
 
 def _fields_of_a_run() -> ConfigDict:

@@ -42,6 +42,7 @@ class Cell:
     """One metric of the runs that differ in their seed only."""
 
     values: tuple[float, ...]  # of the finished ones that have the metric
+    finished: int
     runs: int
 
     @property
@@ -56,7 +57,8 @@ class Cell:
     def __str__(self) -> str:
         if not self.runs:
             return ""
-        number = f"({len(self.values)}{f' of {self.runs}' * (len(self.values) < self.runs)})"
+        shown = len(self.values) or self.finished  # a finished run may have no such number
+        number = f"({shown}{f' of {self.runs}' * (shown < self.runs)})"
         if not self.values:
             return f"- {number}"
         spread = f" ± {self.deviation:.2f}" * (len(self.values) > 1)
@@ -194,8 +196,9 @@ def _check(records: Sequence[Record], columns: str, metrics: Sequence[str]) -> N
 
 
 def _cell(records: Sequence[Record], metric: str) -> Cell:
-    found = (record.summary[metric] for record in records if record.summary is not None)
-    return Cell(tuple(value for value in found if value is not None), len(records))
+    found = [record.summary[metric] for record in records if record.summary is not None]
+    values = tuple(value for value in found if value is not None)
+    return Cell(values, len(found), len(records))
 
 
 def _row(record: Record, columns: str) -> str:
