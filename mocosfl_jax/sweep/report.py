@@ -174,6 +174,8 @@ def plot(table: Table, path: os.PathLike[str]) -> None:
         axes.minorticks_off()
         axes.set_xlabel(_label(table.field))
         axes.set_ylabel(_label(metric))
+        if "top1" in metric:
+            _widen(axes)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if len(table.rows) > 1 and index == 0:
@@ -193,6 +195,13 @@ def _check(records: Sequence[Record], columns: str, metrics: Sequence[str]) -> N
             if not isinstance(value, int | float | None):
                 allowed = f"a number of summary.json is needed (run {record.name})"
                 raise InputError("config.metrics", metric, allowed)
+
+
+def _widen(axes: Any) -> None:
+    """At least ten points of accuracy, so that chance does not look like a trend."""
+    low, high = axes.get_ylim()
+    missing = max(0.0, 10.0 - (high - low)) / 2
+    axes.set_ylim(low - missing, high + missing)
 
 
 def _cell(records: Sequence[Record], metric: str) -> Cell:
