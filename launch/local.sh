@@ -41,10 +41,17 @@ share() {
   echo "${chosen[*]-}"
 }
 
+pids=()
+asked=0 # whether the processes were asked to stop; asked again they would not save
+stop() {
+  asked=1
+  kill -TERM "${pids[@]}" 2>/dev/null || true
+}
+trap stop TERM INT HUP
+
 # Job control gives each process a group of its own, so that Ctrl-C reaches it once, by the trap.
 set -m
-pids=()
-for ((id = 0; id < processes; id++)); do
+for ((id = 0; id < processes && !asked; id++)); do
   (
     if ((${#gpus[@]})); then
       CUDA_VISIBLE_DEVICES=$(share "$id")
@@ -56,13 +63,6 @@ for ((id = 0; id < processes; id++)); do
   pids+=($!)
 done
 set +m
-
-asked=0 # whether the processes were asked to stop; asked again they would not save
-stop() {
-  asked=1
-  kill -TERM "${pids[@]}" 2>/dev/null || true
-}
-trap stop TERM INT HUP
 
 worst=0
 while ((${#pids[@]})); do
