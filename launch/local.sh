@@ -80,6 +80,7 @@ while ((${#pids[@]})); do
       fi
     fi
   done
-  sleep 0.2 || true # Ctrl-C ends it, not the script
+  sleep 0.2 &
+  wait $! || true # unlike a command in the foreground, it lets the trap of SIGINT run at once
 done
 exit "$worst"
