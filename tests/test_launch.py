@@ -117,6 +117,11 @@ def test_local_stops_the_others_when_one_fails(programs, notes):
     assert "stopped" in notes()
 
 
+def heed_signals() -> None:
+    """Where the tests themselves run in the background, SIGINT is ignored, and bash inherits it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_local_passes_signals_on_and_waits(programs, notes, tmp_path, number):
     # Process 0 is fast; a second signal while another one saves would end it with status 9.
@@ -125,7 +130,7 @@ def test_local_passes_signals_on_and_waits(programs, notes, tmp_path, number):
         "python", f'id=${{*: -1}}\n{saves}\necho ready >>"$NOTES"\nwhile :; do sleep 0.1; done'
     )
     command = [LAUNCH / "local.sh", "3", "--config", "c.py"]
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_signals)
     while not (tmp_path / "notes").exists() or notes().count("ready") < 3:
         assert process.poll() is None
         time.sleep(0.05)
