@@ -6,16 +6,14 @@ import importlib.metadata
 import os
 import platform
 import resource
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mocosfl_jax import __version__
 from mocosfl_jax.build import partition_of, program_of
@@ -43,6 +41,7 @@ from mocosfl_jax.plan import check_fits, plan
 from mocosfl_jax.processes import is_primary
 from mocosfl_jax.progress import Progress
 from mocosfl_jax.rounds import Cohort, place_inputs, run_constants
+from mocosfl_jax.stopping import stop_requests
 from mocosfl_jax.workdir import NoMetrics, WorkDir, open_metrics, read_json, write_json
 
 Summary = dict[str, Any]
@@ -363,53 +362,6 @@ def versions() -> dict[str, str]:
         **{name: importlib.metadata.version(name) for name in names},
         "python": platform.python_version(),
     }
-
-
-class StopRequest:
-    """Whether SIGTERM or SIGINT came."""
-
-    def __init__(self) -> None:
-        self.came = False
-
-    def requested(self) -> bool:
-        """Asked once a dispatch; the same answer on every process."""
-        return self.came
-
-
-class JointStopRequest(StopRequest):
-    """Of several processes: JAX's coordination service sees SIGTERM on any of them, and names the
-    call at which all stop."""
-
-    def __init__(self) -> None:
-        self._calls = 0
-
-    def requested(self) -> bool:
-        self._calls += 1  # consecutive numbers: the service picks one that lies ahead of all
-        return multihost_utils.reached_preemption_sync_point(self._calls)
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Turns the first SIGTERM or SIGINT into a request; a second one acts as usual."""
-    if jax.process_count() > 1:
-        yield JointStopRequest()
-        return
-    stop = StopRequest()
-    names = (signal.SIGTERM, signal.SIGINT)
-    before = {name: signal.getsignal(name) for name in names}
-
-    def request(number: int, frame: Any) -> None:
-        stop.came = True
-        for name in names:
-            signal.signal(name, before[name])
-
-    for name in names:
-        signal.signal(name, request)
-    try:
-        yield stop
-    finally:
-        for name in names:
-            signal.signal(name, before[name])
 
 
 def _describe(progress: Progress, partition: ClientImages, dataset: Dataset) -> None:
