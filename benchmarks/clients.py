@@ -5,11 +5,12 @@
 Narrow network of configs/cifar10_cpu.py, stateless clients of five shared images each, B = 1.
 Registered: N = 100 to 1,000,000, cohort 100; a turn is one round of four steps with its draw, its
 images and its sync, and all N take turns in one process, N = 100 twice as the noise floor. Memory
-is the resident size of a process of its own after a round, beyond that of N = 100. Active: cohorts
-of 10, 100 and 1,000, seconds a sample.
+is what a process of its own holds after a round, beyond that of N = 100 (Linux). Active: cohorts of
+10, 100 and 1,000, seconds a sample; the largest also all at once, with one chunk.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -102,23 +103,34 @@ def in_turns(runs: dict[str, tuple[Rounds, Callable[..., Any]]], repeats: int) -
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-def resident_bytes() -> int:
-    """Of this process, now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def held_bytes() -> int:
+    """Resident anonymous memory of this process, once what a round left behind is freed."""
+    gc.collect()
+    time.sleep(1)  # the runtime frees buffers in threads of its own
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+FREED_AT_ONCE = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
+"""Environment in which glibc keeps no freed memory for later."""
 
 
 def memory_of(clients: int, overrides: list[str]) -> int:
-    """Resident bytes of a process of its own after a round, with so many clients registered."""
+    """Bytes that a process of its own holds after a round, with so many clients registered."""
     command = [sys.executable, "-m", "benchmarks.clients", "--memory", str(clients), *overrides]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    env = {**os.environ, **FREED_AT_ONCE}
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout)
 
 
 def print_memory(clients: int, overrides: list[str]) -> None:
     config = setting(clients, min(clients, 100), *overrides)
     rounds = Rounds(config, random_images(config))
     rounds.round(rounds.compile())
-    print(resident_bytes())
+    print(held_bytes())
 
 
 def registered(repeats: int, sizes: tuple[int, ...], overrides: list[str]) -> list[dict[str, Any]]:
@@ -149,15 +161,22 @@ def registered(repeats: int, sizes: tuple[int, ...], overrides: list[str]) -> li
 def active(repeats: int, sizes: tuple[int, ...], overrides: list[str]) -> list[dict[str, Any]]:
     """Time a sample of each cohort over that of the second."""
     data = random_images(setting(sizes[-1], sizes[-1], *overrides))
+    at_once = f"{sizes[-1]}, one chunk"
     runs = {}
-    for cohort in sizes:
-        rounds = Rounds(setting(sizes[-1], cohort, *overrides), data)
-        runs[str(cohort)] = rounds, rounds.compile()
+    for name, cohort in [(str(n), n) for n in sizes] + [(at_once, sizes[-1])]:
+        chunks = ["--config.cohort_chunks=1"] * (name == at_once)
+        rounds = Rounds(setting(sizes[-1], cohort, *chunks, *overrides), data)
+        runs[name] = rounds, rounds.compile()
     seconds = in_turns(runs, repeats)
     a_sample = {name: seconds[name] / rounds.samples for name, (rounds, _) in runs.items()}
     base = a_sample[str(sizes[1])]
     return [
-        {"cohort": name, "ms_a_sample": 1e3 * value, f"over_{sizes[1]}": value / base}
+        {
+            "cohort": name,
+            "ms_a_sample": 1e3 * value,
+            f"over_{sizes[1]}": value / base,
+            "mb_of_temporaries": runs[name][1].memory_analysis().temp_size_in_bytes / 2**20,
+        }
         for name, value in a_sample.items()
     ]
 
@@ -187,8 +206,8 @@ def plot(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
         xscale="log", ylim=(0, None), xlabel="registered clients", ylabel="time a step / first"
     )
     ratio = next(key for key in rows["active"][0] if key.startswith("over_"))
-    cohorts = [int(r["cohort"]) for r in rows["active"]]
-    right.plot(cohorts, [r[ratio] for r in rows["active"]], "o-")
+    by_rule = rows["active"][:-1]
+    right.plot([int(r["cohort"]) for r in by_rule], [r[ratio] for r in by_rule], "o-")
     right.set(xscale="log", ylim=(0, None), xlabel="active clients", ylabel="time a sample / 100's")
     figure.savefig(path, dpi=120)
 

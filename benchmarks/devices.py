@@ -102,7 +102,7 @@ class OneDispatch:
 
     def __init__(self, config: Config, devices: int, server_shards: int = 1):
         self.placement = make_placement(devices, server_shards)
-        program = program_of(config, axes_of(server_shards))
+        program = program_of(config, axes_of(server_shards), devices)
         cohort = Cohort(config, self.placement, program)
         data = random_images(config)
         partition = partition_of(config, data)

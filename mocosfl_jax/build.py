@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from mocosfl_jax.config import Config
 from mocosfl_jax.core.axes import NO_MESH, Axes
 from mocosfl_jax.core.dispatch import Program, rate_schedule
@@ -13,8 +15,13 @@ from mocosfl_jax.data.augment import AugmentConfig
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.data.partition import ClientImages, SharedImages, by_classes, dirichlet, iid
 from mocosfl_jax.data.sources import Options
+from mocosfl_jax.models.heads import HEADS
 from mocosfl_jax.models.split import SplitModel, build_model
 from mocosfl_jax.randomness import Stream, device_key
+from mocosfl_jax.resolve import largest_divisor
+
+CPU_PART = 100
+"""Images of a cohort's part that suit the cache of a CPU (docs/results/clients.md)."""
 
 
 def model_of(config: Config, row_axes: tuple[str, ...] = ()) -> SplitModel:
@@ -46,8 +53,8 @@ def data_options(config: Config) -> Options:
     }
 
 
-def program_of(config: Config, axes: Axes = NO_MESH) -> Program:
-    """What a dispatch computes; `axes` of the mesh that it runs on, none on a single device."""
+def program_of(config: Config, axes: Axes = NO_MESH, devices: int = 1) -> Program:
+    """What a dispatch computes on a mesh of so many `devices` with these `axes`."""
     method = Method(
         model=model_of(config, axes.rows),
         optimizer=sgd(config.momentum, config.weight_decay),
@@ -56,7 +63,7 @@ def program_of(config: Config, axes: Axes = NO_MESH) -> Program:
         ema=config.ema,
         align_momentum=config.align_momentum,
         frozen_clients=config.client_learning_rate == 0,
-        cohort_chunks=config.cohort_chunks,
+        cohort_chunks=config.cohort_chunks or _cohort_chunks(config, devices),
         axes=axes,
     )
     augment = dataclasses.replace(
@@ -66,6 +73,14 @@ def program_of(config: Config, axes: Axes = NO_MESH) -> Program:
     )
     schedule = rate_schedule(config.schedule, config.total_steps)
     return Program(method, augment, config.learning_rate, config.client_learning_rate, schedule)
+
+
+def _cohort_chunks(config: Config, devices: int) -> int:
+    """Parts of a device's cohort that suit it; they divide its slots."""
+    if jax.default_backend() != "cpu" or HEADS[config.head].batch_norm:
+        return 1
+    slots = -(-config.cohort_size // devices)
+    return largest_divisor(slots, max(1, slots * config.batch_size // CPU_PART))
 
 
 def initial_state(config: Config, method: Method) -> TrainState:

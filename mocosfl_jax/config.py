@@ -161,9 +161,10 @@ class Config:
     devices: int | None = None
     # Devices that share one copy of the server's parameters, a divisor of their number.
     server_shards: int = 1
-    # Parts of the cohort that a step runs one after the other, with summed gradients, where the
-    # activations of all at once exceed the device; 1 with head largeV2 (BatchNorm sees all rows).
-    cohort_chunks: int = 1
+    # Parts of a device's cohort that a step runs one after the other, with summed gradients, where
+    # the activations of all at once exceed the device; 1 with head largeV2 (BatchNorm sees all
+    # rows). None: 1; on a CPU as many as leave 100 images in a part, which suits its cache.
+    cohort_chunks: int | None = None
     # Folder of compiled programs, which later runs reuse; `none` for none. The environment variable
     # JAX_COMPILATION_CACHE_DIR goes before it.
     compilation_cache: str = "~/.cache/mocosfl_jax"

@@ -132,7 +132,7 @@ def _activation_bytes(config: Config, program: Program, state: Any) -> int:
 
     queues = jax.eval_shape(lambda s: s.queue_groups(s.cohort), state)
     kept = jax.eval_shape(server, state.server.params, latents_R, embedding, queues)
-    return (config.cohort_size * _bytes(residuals) + _bytes(kept)) // config.cohort_chunks
+    return (config.cohort_size * _bytes(residuals) + _bytes(kept)) // method.cohort_chunks
 
 
 def _bytes(tree: Any) -> int:

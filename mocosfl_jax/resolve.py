@@ -71,7 +71,7 @@ def _fill(config: Config, info: DatasetInfo) -> Config:
     taps = max(9, config.image_size // 10 // 2 * 2 + 1)
     fill("blur_kernel_size", min(taps, 2 * config.image_size - 1))
     fill("knn_every", max(1, config.rounds // 10))
-    fill("steps_per_dispatch", _largest_divisor(config.steps_per_round, 10))
+    fill("steps_per_dispatch", largest_divisor(config.steps_per_round, 10))
     fill("checkpoint_every", max(1, config.rounds // 20))
     return config
 
@@ -82,7 +82,8 @@ def _stem(image_size: int) -> str:
     return "3x3s2" if image_size == 64 else "3x3s1"
 
 
-def _largest_divisor(number: int, limit: int) -> int:
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest one up to `limit`; 1 of anything that is not positive."""
     return next(d for d in range(min(number, limit), 0, -1) if number % d == 0) if number > 0 else 1
 
 
@@ -305,15 +306,16 @@ def _check_scale(config: Config) -> None:
             config.client_state,
             "a client's private queue would be lost: persistent, or set config.feature_sharing",
         )
-    if config.cohort_chunks > config.cohort_size:
+    chunks = config.cohort_chunks or 1
+    if chunks > config.cohort_size:
         raise InputError(
             "config.cohort_chunks",
-            config.cohort_chunks,
+            chunks,
             f"at most one client a chunk: 1 to {config.cohort_size}",
         )
-    if config.cohort_chunks > 1 and HEADS[config.head].batch_norm:
+    if chunks > 1 and HEADS[config.head].batch_norm:
         raise InputError(
             "config.cohort_chunks",
-            config.cohort_chunks,
+            chunks,
             f"1 is needed with head {config.head}, whose BatchNorm sees all rows at once",
         )

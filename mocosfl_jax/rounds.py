@@ -52,7 +52,7 @@ class Cohort:
     """Rounds of the train state on the mesh, whose cohort slots are padded to fill all devices."""
 
     def __init__(self, config: Config, placement: Placement, program: Program):
-        multiple = placement.devices * config.cohort_chunks
+        multiple = placement.devices * program.method.cohort_chunks
         self.slots = -(-config.cohort_size // multiple) * multiple
         self._config, self._placement = config, placement
         fields = dataclasses.replace(config, cohort_size=self.slots)

@@ -69,7 +69,7 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
     # ------------------------------------------------------------------ what the config means
     config = with_channel_stats(config, dataset)
     placement = make_placement(config.devices, config.server_shards)
-    program = program_of(config, axes_of(config.server_shards))
+    program = program_of(config, axes_of(config.server_shards), placement.devices)
     cohort = Cohort(config, placement, program)
     check_fits(config, cohort.bytes_a_device(), memory_bytes())
     partition = partition_of(config, dataset)

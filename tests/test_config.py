@@ -4,6 +4,7 @@ import ast
 import dataclasses
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -113,6 +114,7 @@ def test_every_field_is_resolved():
         "dirichlet_alpha",
         "images_per_client",
         "devices",
+        "cohort_chunks",
     }
     unset = {name for name, value in vars(resolved()).items() if value is None}
     assert unset == optional
@@ -195,6 +197,30 @@ def test_state_beyond_the_memory_is_refused_with_sizes_and_a_way_out():
     check(10**9, client_state="stateless", align_momentum=True)
     with pytest.raises(InputError, match=r"queue_length = 1000000: .* the queue alone 8\.2 GB"):
         check(10**9, client_state="stateless", align_momentum=True, queue_length=1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("clients", "batch", "devices", "chunks"),
+    [(1000, 1, 1, 10), (1000, 1, 2, 5), (1000, 1, 8, 1), (100, 1, 1, 1), (12, 50, 1, 6)],
+)
+def test_a_cpu_runs_parts_of_a_hundred_images(clients, batch, devices, chunks, monkeypatch):
+    def chunks_of(**fields) -> int:
+        sizes = {"num_clients": clients, "cohort_size": clients, "batch_size": batch}
+        narrow = {"width": 32, "blocks_per_stage": (1, 1), "queue_length": 2000}
+        config = resolved(**sizes, **narrow, **fields)
+        return program_of(config, devices=devices).method.cohort_chunks
+
+    assert chunks_of() == chunks
+    assert chunks_of(cohort_chunks=3) == 3
+    assert chunks_of(head="largeV2") == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert chunks_of() == 1
+
+
+def test_parts_of_the_cohort_are_equal():
+    """448 images of 7 clients would be four parts, but 7 has no divisor up to 4."""
+    config = resolved(num_clients=7, batch_size=64)
+    assert program_of(config).method.cohort_chunks == 1
 
 
 def test_unlabelled_images_can_only_be_iid():
