@@ -4,7 +4,7 @@ Options: --config.FIELD=VALUE overrides a field of the config file; --dry_run pr
 On several hosts, one such command on each: --multihost takes their addresses from the environment
 (Slurm, Kubernetes, TPU, Open MPI); else --coordinator=HOST:PORT --num_processes=N --process_id=I.
 Exit status: 0 done; 1 the run failed; 2 bad input, one line on stderr; 143 stopped by a signal, the
-state saved, and the same command resumes.
+state saved, and the same command resumes; 130 interrupted outside training, the same.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from mocosfl_jax.errors import InputError
 if TYPE_CHECKING:
     from mocosfl_jax.config import Config
 
-BAD_INPUT, STOPPED = 2, 143
+BAD_INPUT, INTERRUPTED, STOPPED = 2, 130, 143
 
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
@@ -52,6 +52,9 @@ def main(argv: list[str]) -> int:
     except InputError as error:
         print(f"mocosfl_jax: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:  # outside the loop, which saves first
+        print("mocosfl_jax: interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:

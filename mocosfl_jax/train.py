@@ -2,11 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
-import os
-import platform
-import resource
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from mocosfl_jax import __version__
 from mocosfl_jax.build import partition_of, program_of
 from mocosfl_jax.checkpoint import Checkpoints, Clock
 from mocosfl_jax.config import Config
@@ -35,6 +29,7 @@ from mocosfl_jax.evaluation.protocols import (
     knn_monitor,
     probe,
 )
+from mocosfl_jax.machine import device_memory_bytes, peak_memory_bytes, versions
 from mocosfl_jax.models.split import Variables
 from mocosfl_jax.placement import Placement, axes_of, make_placement
 from mocosfl_jax.plan import check_fits, plan
@@ -71,7 +66,7 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
     placement = make_placement(config.devices, config.server_shards)
     program = program_of(config, axes_of(config.server_shards), placement.devices)
     cohort = Cohort(config, placement, program)
-    check_fits(config, cohort.bytes_a_device(), memory_bytes())
+    check_fits(config, cohort.bytes_a_device(), device_memory_bytes())
     partition = partition_of(config, dataset)
     sampler = CohortSampler(partition, config.cohort_size, config.seed)
     workdir.claim(dataclasses.asdict(config))
@@ -337,30 +332,6 @@ def summarize(
         "devices": placement.devices,
         "processes": jax.process_count(),
         "versions": versions(),
-    }
-
-
-def memory_bytes() -> int:
-    """Of a device where it reports it, else this device's part of the machine's."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(stats.get("bytes_limit", machine // jax.local_device_count()))
-
-
-def peak_memory_bytes() -> int:
-    """Of the device where it reports it, else the resident size of this process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(stats.get("peak_bytes_in_use", resident * unit))
-
-
-def versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "mocosfl_jax": __version__,
-        **{name: importlib.metadata.version(name) for name in names},
-        "python": platform.python_version(),
     }
 
 

@@ -63,6 +63,22 @@ def test_bad_input_is_refused_in_one_line(capsys, npz, override, words):
     assert not (npz.parent / "run").exists()
 
 
+def test_images_beyond_the_memory_are_refused(capsys, npz):
+    line = refused(capsys, command(npz, "--config.image_size=1000000"))
+    assert "config.image_size = 1000000" in line and "240000 GB" in line
+    assert not (npz.parent / "run" / "checkpoints").exists()
+
+
+def test_an_interrupt_outside_training_leaves_no_traceback(capsys, npz, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mocosfl_jax.data.sources.load_dataset", interrupted)
+    assert main(command(npz)) == 130
+    _, err = capsys.readouterr()
+    assert err == "mocosfl_jax: interrupted; the same command goes on\n"
+
+
 def test_a_data_set_that_is_not_prepared_comes_with_the_command(capsys, npz, tmp_path):
     argv = command(npz, "--config.dataset=cifar10", f"--config.data_dir={tmp_path}")
     line = refused(capsys, argv)

@@ -166,6 +166,7 @@ def cifar10(name, **_):
         ("grid.num_clients", (), ["config.grid.num_clients", "at least one value"]),
         ("grid.cut", (1, 9), ["config.cut", "9", "1 to 3", "run cut=9,"]),
         ("grid.data_dir", (None,), ["config.grid.data_dir", "None", "unset"]),
+        ("grid.cut", (1, 1.5), ["--config.cut=1.5"]),
         ("fixed.num_clients", 3, ["config.fixed.num_clients", "3", "config.grid"]),
         ("fixed.width", "wide", ["config.fixed.width", "wide"]),
         ("fixed.seed", 3, ["seed"]),
@@ -173,7 +174,7 @@ def cifar10(name, **_):
         ("seeds", (0, -1), ["config.seed", "-1"]),
         ("more_seeds", ({"cut": (1,), "seeds": (1,)},), ["config.more_seeds", "cut"]),
         ("columns", "clients", ["config.columns", "clients"]),
-        ("base", "nowhere.py", ["config.base", "nowhere.py"]),
+        ("base", "nowhere.py", ["nowhere.py"]),
     ],
 )
 def test_wrong_fields_are_refused_before_any_run(capsys, npz, field, value, words):
@@ -250,10 +251,22 @@ def test_failed_and_new_runs_are_run_again_finished_ones_are_not(capsys, npz, mo
     }
 
 
+def test_a_run_that_always_fails_may_be_left_out(capsys, npz, monkeypatch):
+    monkeypatch.setenv("FAKE_RUN", "2/0=fail")
+    assert main(command(npz), FAKE) == 1
+    capsys.readouterr()
+    assert main(command(npz, **{"grid.num_clients": (4,)}), FAKE) == 0
+    out, _ = capsys.readouterr()
+    assert "num_clients=2,seed=0 is left out from now on; its files stay" in out
+    assert "1 runs: 1 finished." in out
+    assert calls(npz) == {"num_clients=2,seed=0": 1, "num_clients=4,seed=0": 1}
+
+
 def test_another_sweep_in_the_same_folder_is_refused(capsys, npz):
     assert main(command(npz), FAKE) == 0
     capsys.readouterr()
-    assert "num_clients=2,seed=0" in refused(capsys, command(npz, **{"grid.num_clients": (4, 5)}))
+    line = refused(capsys, command(npz, **{"grid.num_clients": (4, 5)}))
+    assert "finished run" in line and "num_clients=2,seed=0" in line
     other = command(npz, **{"fixed.temperature": 0.25})
     assert "temperature 0.1 -> 0.25" in refused(capsys, other)
     assert main(command(npz, **{"fixed.knn_every": 2}), FAKE) == 0  # says only how it is run

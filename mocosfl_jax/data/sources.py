@@ -8,6 +8,7 @@ from typing import TypedDict, Unpack
 from mocosfl_jax.data import folder, npz, synthetic, tfds
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo, Prepared, Request, Split, channel_stats
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.machine import machine_memory_bytes
 
 __all__ = ["Dataset", "DatasetInfo", "Split", "channel_stats", "inspect_dataset", "load_dataset"]
 
@@ -43,9 +44,11 @@ def load_dataset(dataset: str, **options: Unpack[Options]) -> Dataset:
     Images of another size are resized by their short side and centre-cropped (`pixels.square_rgb`).
 
     Raises:
-        InputError: as `inspect_dataset`, or an image that cannot be decoded.
+        InputError: as `inspect_dataset`, an image that cannot be decoded, or more than fits memory.
     """
-    return _prepare(dataset, options).load()
+    prepared = _prepare(dataset, options)
+    _check_memory(prepared.info)
+    return prepared.load()
 
 
 def _prepare(dataset: str, options: Options) -> Prepared:
@@ -57,6 +60,14 @@ def _prepare(dataset: str, options: Options) -> Prepared:
     if is_tfds:
         return tfds.prepare(request)
     return {"folder": folder, "npz": npz, "synthetic": synthetic}[scheme].prepare(request)
+
+
+def _check_memory(info: DatasetInfo) -> None:
+    number, size = info.num_train + info.num_test, info.image_size
+    needed, machine = number * size**2 * 3, machine_memory_bytes()
+    if needed > machine:
+        allowed = f"{number} images take {needed / 1e9:.0f} GB, the machine has {machine / 1e9:.0f}"
+        raise InputError("config.image_size", size, allowed)
 
 
 def _check(request: Request, is_tfds: bool) -> None:

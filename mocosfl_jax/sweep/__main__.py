@@ -48,7 +48,8 @@ def main(argv: list[str], program: Sequence[str] = PROGRAM) -> int:
         folder = SweepFolder(values.workdir)
         with folder.hold() as lock:
             engine = _engine(values, folder, lock.fileno())
-            folder.claim(values.config, runs, configs)
+            for name in folder.claim(values.config, runs, configs):
+                print(f"{name} is left out from now on; its files stay")
             return _sweep(values.config, runs, folder, engine, program)
     except InputError as error:
         print(f"mocosfl_jax.sweep: {error}", file=sys.stderr)

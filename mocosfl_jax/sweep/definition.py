@@ -165,7 +165,7 @@ def _load(run: Run) -> ConfigDict:
         list(values.config)  # the file is loaded only now, and may fail
     except Exception as error:  # a config file is code, and may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError("config.base", run.base, reason) from None
+        raise InputError("command line", " ".join(run.arguments), reason) from None
     return values.config
 
 

@@ -47,10 +47,13 @@ class SweepFolder:
     def is_finished(self, name: str) -> bool:
         return self._summary_path(name).exists()
 
-    def claim(self, sweep: ConfigDict, runs: Mapping[str, Run], configs: Mapping[str, Config]):
-        """Writes the definition, or checks that it only adds runs to the one that lies here.
+    def claim(
+        self, sweep: ConfigDict, runs: Mapping[str, Run], configs: Mapping[str, Config]
+    ) -> list[str]:
+        """Writes the definition, in place of the one that lies here.
 
-        Raises: InputError: a run that lies here is missing, or has another config now.
+        Returns: unfinished runs that lie here and are left out now.
+        Raises: InputError: a run that lies here is finished and left out, or has another config.
         """
         definition = json.loads(
             json.dumps(
@@ -61,10 +64,10 @@ class SweepFolder:
                 }
             )
         )
-        if self.definition_path.exists():
-            stored = read_json(self.definition_path)["runs"]
-            self._check_only_adds(stored, definition["runs"])
+        stored = read_json(self.definition_path)["runs"] if self.definition_path.exists() else {}
+        left_out = self._check_keeps(stored, definition["runs"])
         write_json(self.definition_path, definition)
+        return left_out
 
     def definition(self) -> dict[str, Any]:
         """Columns, metrics and runs of the sweep that lies here.
@@ -91,18 +94,20 @@ class SweepFolder:
     def _summary(self, name: str) -> dict[str, Any] | None:
         return read_json(self._summary_path(name)) if self.is_finished(name) else None
 
-    def _check_only_adds(self, stored: dict[str, Any], runs: dict[str, Any]) -> None:
-        missing = sorted(stored.keys() - runs.keys())
-        if missing:
-            allowed = f"holds a sweep with other runs, which may only be added to: {missing[0]}"
-            raise InputError("--workdir", str(self.path), allowed)
-        for name, run in stored.items():
-            old, new = run["config"], runs[name]["config"]
+    def _check_keeps(self, stored: dict[str, Any], runs: dict[str, Any]) -> list[str]:
+        left_out = [name for name in stored if name not in runs]
+        for name in left_out:
+            if self.is_finished(name):
+                allowed = f"holds a finished run that this sweep would leave out: {name}"
+                raise InputError("--workdir", str(self.path), allowed)
+        for name in stored.keys() & runs.keys():
+            old, new = stored[name]["config"], runs[name]["config"]
             for field in sorted(old.keys() - EXECUTION_FIELDS):
                 if old[field] != new.get(field):
                     change = f"{field} {old[field]!r} -> {new.get(field)!r}"
                     allowed = f"holds a sweep with another config ({change}, run {name})"
                     raise InputError("--workdir", str(self.path), allowed)
+        return left_out
 
 
 def _described(run: Run, config: Config) -> dict[str, Any]:

@@ -167,7 +167,8 @@ def plot(table: Table, path: os.PathLike[str]) -> None:
                 (x_of[x], c.mean, c.deviation or math.nan) for x, c in cells.items() if c.values
             ]
             x, mean, deviation = zip(*points, strict=True) if points else ([], [], [])
-            axes.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, label=row)
+            label = row if points else None  # colours follow the table, with or without points
+            axes.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, label=label)
         if numbers:
             axes.set_xscale("log")
         axes.set_xticks(list(x_of.values()), [str(value) for value in x_of])
