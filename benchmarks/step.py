@@ -4,10 +4,11 @@
 
 Paper's queue, head and loss; total batch 100. Every variant is compiled first; then the variants
 take turns, `repeats` times, and medians are reported, so that a change of the machine's pace meets
-all of them. Printed for each cut: seconds a step with 100 clients of one image and with one client
-of 100 images, and their ratio (the overhead of the federation); the share of augmentation; a step
-alone against a step inside a scan; FLOP/s by formula over the peak of a large matrix product
-measured in the same turns; compile seconds.
+all of them. Printed for each cut: seconds a step, inside a dispatch of four steps with their
+augmentation, with 100 clients of one image (in the parts that suit the device, and all at once) and
+with one client of 100 images, and the ratios to the latter, the overhead of the federation; the
+share of augmentation; a step inside the dispatch over a step alone; FLOP/s by formula over the peak
+of a large matrix product measured in the same turns; compile seconds.
 """
 
 import argparse
@@ -37,7 +38,7 @@ CIFAR10 = DatasetInfo(
     name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10
 )
 PEAK_SIZE = 4096
-SCAN_STEPS = 2
+SCAN_STEPS = 4
 
 Variant = Callable[[], Any]
 
@@ -167,29 +168,33 @@ def medians(variants: dict[str, Variant], repeats: int) -> dict[str, float]:
 def measure(cut: int, repeats: int, **fields: Any) -> dict[str, Any]:
     """All figures of one cut; `fields` override the paper's setting."""
     many = Bench(setting(num_clients=100, cut=cut, **fields))
+    at_once = Bench(setting(num_clients=100, cut=cut, cohort_chunks=1, **fields))
     one = Bench(setting(num_clients=1, batch_size=100, cut=cut, **fields))
     variants = {
         "peak": matrix_product(),
-        "step_100_clients": many.step(),
-        "step_1_client": one.step(),
         "augmentation": many.augmentation(),
-        "scanned": many.dispatch(),
+        "alone": many.step(),
+        "100_clients": many.dispatch(),
+        "100_clients_at_once": at_once.dispatch(),
+        "1_client": one.dispatch(),
     }
     seconds = medians(variants, repeats)
-    peak = 2 * PEAK_SIZE**3 / seconds["peak"]
-    flops = step_flops(many.config)
-    scanned = seconds["scanned"] / SCAN_STEPS
+    peak, flops = 2 * PEAK_SIZE**3 / seconds["peak"], step_flops(many.config)
+    a_step = {
+        name: seconds[name] / SCAN_STEPS
+        for name in ("100_clients", "100_clients_at_once", "1_client")
+    }
     return {
         "cut": cut,
-        "seconds_a_step_100_clients": seconds["step_100_clients"],
-        "seconds_a_step_1_client": seconds["step_1_client"],
-        "federation_overhead": seconds["step_100_clients"] / seconds["step_1_client"],
-        "augmentation_share": seconds["augmentation"] / scanned,
-        "seconds_a_step_in_scan_with_augmentation": scanned,
-        "scanned_over_alone": scanned / (seconds["step_100_clients"] + seconds["augmentation"]),
+        **{f"seconds_a_step_{name}": value for name, value in a_step.items()},
+        "seconds_of_a_step_alone": seconds["alone"],
+        "federation_overhead": a_step["100_clients"] / a_step["1_client"],
+        "federation_overhead_at_once": a_step["100_clients_at_once"] / a_step["1_client"],
+        "augmentation_share": seconds["augmentation"] / a_step["100_clients"],
+        "scanned_over_alone": a_step["100_clients"] / (seconds["alone"] + seconds["augmentation"]),
         "gflop_a_step": flops / 1e9,
         "peak_gflops_a_second": peak / 1e9,
-        "fraction_of_peak": flops / seconds["step_100_clients"] / peak,
+        "fraction_of_peak": flops / a_step["100_clients"] / peak,
         "compile_seconds": many.compile_seconds,
     }
 

@@ -16,12 +16,14 @@ from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.data.partition import ClientImages, SharedImages, by_classes, dirichlet, iid
 from mocosfl_jax.data.sources import Options
 from mocosfl_jax.models.heads import HEADS
+from mocosfl_jax.models.resnet import STEMS
 from mocosfl_jax.models.split import SplitModel, build_model
 from mocosfl_jax.randomness import Stream, device_key
 from mocosfl_jax.resolve import largest_divisor
 
-CPU_PART = 100
-"""Images of a cohort's part that suit the cache of a CPU (docs/results/clients.md)."""
+CPU_PART = 25_000_000
+"""Images of a part, times (width x side of the first features)^2, that a CPU runs at full speed:
+more leave the cache and fault pages, fewer leave threads idle (docs/results/step.md)."""
 
 
 def model_of(config: Config, row_axes: tuple[str, ...] = ()) -> SplitModel:
@@ -80,7 +82,9 @@ def _cohort_chunks(config: Config, devices: int) -> int:
     if jax.default_backend() != "cpu" or HEADS[config.head].batch_norm:
         return 1
     slots = -(-config.cohort_size // devices)
-    return largest_divisor(slots, max(1, slots * config.batch_size // CPU_PART))
+    side = -(-config.image_size // STEMS[config.stem].stride)
+    parts = slots * config.batch_size * (config.width * side) ** 2 // CPU_PART
+    return largest_divisor(slots, max(1, parts))
 
 
 def initial_state(config: Config, method: Method) -> TrainState:

@@ -163,7 +163,7 @@ class Config:
     server_shards: int = 1
     # Parts of a device's cohort that a step runs one after the other, with summed gradients, where
     # the activations of all at once exceed the device; 1 with head largeV2 (BatchNorm sees all
-    # rows). None: 1; on a CPU as many as leave 100 images in a part, which suits its cache.
+    # rows). None: 1; on a CPU parts that stay in its cache, 10 images of the paper's network.
     cohort_chunks: int | None = None
     # Folder of compiled programs, which later runs reuse; `none` for none. The environment variable
     # JAX_COMPILATION_CACHE_DIR goes before it.

@@ -200,13 +200,24 @@ def test_state_beyond_the_memory_is_refused_with_sizes_and_a_way_out():
 
 
 @pytest.mark.parametrize(
-    ("clients", "batch", "devices", "chunks"),
-    [(1000, 1, 1, 10), (1000, 1, 2, 5), (1000, 1, 8, 1), (100, 1, 1, 1), (12, 50, 1, 6)],
+    ("clients", "batch", "width", "devices", "chunks"),
+    [
+        (100, 1, 64, 1, 10),  # 16.8 parts of 25 million; 10 divides 100
+        (100, 1, 64, 2, 5),  # 8.4 on each device, which has 50 clients
+        (99, 1, 64, 2, 5),  # a padded slot
+        (100, 1, 32, 1, 4),  # 4.2
+        (1000, 1, 16, 1, 10),  # 10.5
+        (1000, 1, 16, 8, 1),
+        (100, 1, 16, 1, 1),
+        (12, 50, 16, 1, 6),  # 6.3
+    ],
 )
-def test_a_cpu_runs_parts_of_a_hundred_images(clients, batch, devices, chunks, monkeypatch):
+def test_a_cpu_runs_parts_that_stay_in_its_cache(
+    clients, batch, width, devices, chunks, monkeypatch
+):
     def chunks_of(**fields) -> int:
         sizes = {"num_clients": clients, "cohort_size": clients, "batch_size": batch}
-        narrow = {"width": 32, "blocks_per_stage": (1, 1), "queue_length": 2000}
+        narrow = {"width": width, "blocks_per_stage": (1, 1), "queue_length": 2000}
         config = resolved(**sizes, **narrow, **fields)
         return program_of(config, devices=devices).method.cohort_chunks
 
@@ -217,9 +228,16 @@ def test_a_cpu_runs_parts_of_a_hundred_images(clients, batch, devices, chunks, m
     assert chunks_of() == 1
 
 
+def test_parts_follow_the_size_of_the_first_features():
+    config = resolved(num_clients=100, batch_size=1, width=32, stem="3x3s2", image_size=32)
+    assert program_of(config).method.cohort_chunks == 1
+    config = resolved(num_clients=100, batch_size=1, width=32, stem="3x3s2", image_size=63)
+    assert program_of(config).method.cohort_chunks == 4
+
+
 def test_parts_of_the_cohort_are_equal():
-    """448 images of 7 clients would be four parts, but 7 has no divisor up to 4."""
-    config = resolved(num_clients=7, batch_size=64)
+    """7 clients of 64 images would be 4.7 parts, but 7 has no divisor up to 4."""
+    config = resolved(num_clients=7, batch_size=64, width=16)
     assert program_of(config).method.cohort_chunks == 1
 
 
