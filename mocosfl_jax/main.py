@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from mocosfl_jax.commandline import parse
 from mocosfl_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,27 +59,12 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:
-    """The flags of the command line, complete and loaded.
-
-    Raises: InputError: a flag or field that does not exist, a value of another type, a config file
-    that cannot be loaded.
-    """
+    """Raises: InputError: as `parse`, or a flag that is needed is missing."""
     values = define_flags(argv)
-    try:
-        rest = values(argv)
-        config = values.config
-        if config is not None:
-            list(config)  # the file is loaded only now, and may fail
-    except Exception as error:  # a config file is code, and may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, AttributeError | KeyError):
-            reason = f"no such field: {reason}"
-        raise InputError("command line", " ".join(argv[1:]), reason) from None
+    parse(values, argv)
     if values.help:
         return values
-    if len(rest) > 1:
-        raise InputError("command line", rest[1], "options start with --")
-    if config is None:
+    if values.config is None:
         raise InputError("--config", None, "a config file is needed, e.g. configs/quickstart.py")
     if not values.workdir and not values.dry_run:
         raise InputError("--workdir", values.workdir, "a folder for the run is needed")

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from mocosfl_jax.commandline import parse
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.sweep.definition import Run, check, expand
 from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
@@ -114,25 +115,12 @@ def _define_flags(argv: list[str]) -> flags.FlagValues:
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:
-    """The flags of the command line, complete and loaded.
-
-    Raises: InputError: a flag or field that does not exist, a value of another type, a config file
-    that cannot be loaded.
-    """
+    """Raises: InputError: as `parse`, or a flag that is needed is missing."""
     values = _define_flags(argv)
-    try:
-        rest = values(argv)
-        config = values.config
-        if config is not None:
-            list(config)  # the file is loaded only now, and may fail
-    except Exception as error:  # a config file is code, and may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError("command line", " ".join(argv[1:]), reason) from None
+    parse(values, argv)
     if values.help:
         return values
-    if len(rest) > 1:
-        raise InputError("command line", rest[1], "options start with --")
-    if config is None and not values.report:
+    if values.config is None and not values.report:
         allowed = "a sweep's config file is needed, e.g. configs/sweeps/client_count.py"
         raise InputError("--config", None, allowed)
     if values.workdir is None and not values.dry_run:

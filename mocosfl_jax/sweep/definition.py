@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from mocosfl_jax.build import data_options
+from mocosfl_jax.commandline import parse
 from mocosfl_jax.config import Config, check_types, default_config
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.data.sources import inspect_dataset
@@ -160,12 +161,7 @@ def _load(run: Run) -> ConfigDict:
     """The run's config as `main` reads it from the command line."""
     argv = ["main", *run.arguments]
     values = define_flags(argv)
-    try:
-        values(argv)
-        list(values.config)  # the file is loaded only now, and may fail
-    except Exception as error:  # a config file is code, and may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError("command line", " ".join(run.arguments), reason) from None
+    parse(values, argv)
     return values.config
 
 
