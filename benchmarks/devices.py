@@ -74,12 +74,15 @@ def _shape_bytes(shape: tuple[str, str]) -> int:
 
 
 def _group_size(attributes: str) -> int:
-    """Devices that take part in one group."""
+    """Devices that take part in one group, in the notations of several versions of XLA."""
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(match.group(2))
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(match.group(1).split(","))
-    return 1
+    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", match.group(1)))
+        return math.prod(int(sizes[axis]) for axis in match.group(2).split(","))
+    raise ValueError(f"unknown notation of groups: {attributes}")
 
 
 def minimum_bytes(config: Config, devices: int) -> dict[str, int]:

@@ -162,19 +162,23 @@ def test_devices_exchange_gradients_keys_and_client_models_only(npz, loss, align
 
 
 def test_collectives_are_read_from_a_program():
-    """Operands on one device of each kind, in the notations of two backends."""
+    """Operands on one device of each kind, in the notations of three versions."""
     hlo = """
   %a = (f32[3,3,4]{2,1,0}, f32[5]{0}) all-reduce(%x, %y), replica_groups={{0,1,2,3}}, to_apply=%s
   %b = f32[2,12,8]{2,1,0} all-gather(%k), channel_id=1, replica_groups=[1,4]<=[4], dimensions={1}
   %c = f32[6]{0} reduce-scatter(%g), replica_groups={{0,1},{2,3}}, dimensions={0}
   %d = pred[] all-reduce-start(%p), replica_groups=[2,2]<=[4]
   %e = pred[] all-reduce-done(%d)
+  %f = f32[8,3]{1,0} all-gather(%p), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  %g = f32[8,3]{1,0} all-gather(%p), replica_groups=mesh['a'=2,'b'=4] {'a','b'}, dimensions={0}
 """
     assert collectives(hlo) == [
         ("all-reduce", 164),
         ("all-gather", 192),
         ("reduce-scatter", 48),
         ("all-reduce", 1),
+        ("all-gather", 24),
+        ("all-gather", 12),
     ]
 
 
