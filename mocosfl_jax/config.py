@@ -175,7 +175,7 @@ class Config:
     # Checkpoints that are kept, the latest ones.
     keep_checkpoints: int = 2
     # Images encoded at once in evaluation.
-    eval_batch_size: int = 500
+    eval_batch_size: int = 200
     # Whether TensorBoard files are written beside metrics.jsonl.
     tensorboard: bool = True
     # Whether a progress bar is drawn; it also needs a terminal.
