@@ -100,7 +100,7 @@ class SweepFolder:
             if self.is_finished(name):
                 allowed = f"holds a finished run that this sweep would leave out: {name}"
                 raise InputError("--workdir", str(self.path), allowed)
-        for name in stored.keys() & runs.keys():
+        for name in [name for name in stored if name in runs]:
             old, new = stored[name]["config"], runs[name]["config"]
             for field in sorted(old.keys() - EXECUTION_FIELDS):
                 if old[field] != new.get(field):
