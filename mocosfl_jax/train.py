@@ -150,7 +150,7 @@ def train(config: Config, dataset: Dataset, workdir: WorkDir) -> Summary:
         # ------------------------------------------------------------------------- at the end
         results = evaluator.final(state, step)
         clock.wall_seconds = wall_before + time.monotonic() - started
-        summary = summarize(config, clock, results, placement)
+        summary = summarize(config, clock, results, dataset, placement)
         if is_primary():
             write_json(workdir.summary_path, summary)
     return summary
@@ -307,7 +307,11 @@ class Evaluator:
 
 
 def summarize(
-    config: Config, clock: Clock, results: dict[str, float | None], placement: Placement
+    config: Config,
+    clock: Clock,
+    results: dict[str, float | None],
+    dataset: Dataset,
+    placement: Placement,
 ) -> Summary:
     """What DIR/summary.json holds; accuracies in percent, sizes in bytes."""
     sizes = plan(config)
@@ -315,6 +319,7 @@ def summarize(
     return {
         **results,
         "knn_top1_at_init": clock.knn_top1_at_init,
+        "test_images": len(dataset.test.images) if dataset.test else 0,
         "steps": config.total_steps,
         "rounds": config.rounds,
         "images_per_second": pace,

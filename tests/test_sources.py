@@ -61,7 +61,7 @@ def numbered(images, start=0):
         ("", {}, "dataset", []),
         ("folder:", {"image_size": 8}, "dataset", ["PATH"]),
         ("folder:/nowhere", {"image_size": 8}, "dataset", ["existing folder"]),
-        ("folder:/nowhere", {}, "image_size", ["store size"]),
+        ("folder:/nowhere", {}, "image_size", ["side of the stored squares"]),
         ("synthetic", {"image_size": 0}, "image_size", []),
         ("synthetic", {"holdout_fraction": 1.0}, "holdout_fraction", []),
         ("synthetic", {"train_split": "train[:9]"}, "train_split", ["TFDS"]),

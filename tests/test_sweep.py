@@ -19,9 +19,9 @@ from mocosfl_jax.sweep import engines
 from mocosfl_jax.sweep.__main__ import main
 from mocosfl_jax.sweep.definition import default_sweep, expand
 from mocosfl_jax.sweep.engines import LocalEngine, RequeuedTask, SlurmEngine, Task, visible_gpus
-from mocosfl_jax.sweep.folder import SweepFolder
+from mocosfl_jax.sweep.folder import SweepFolder, last_line
 from mocosfl_jax.sweep.report import Cell, tabulate
-from mocosfl_jax.sweep.runner import Board, StopRequest, Tally, carry_out, last_line
+from mocosfl_jax.sweep.runner import Board, StopRequest, Tally, carry_out
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -168,13 +168,15 @@ def cifar10(name, **_):
         ("grid.data_dir", (None,), ["config.grid.data_dir", "None", "unset"]),
         ("grid.cut", (1, 1.5), ["--config.cut=1.5"]),
         ("fixed.num_clients", 3, ["config.fixed.num_clients", "3", "config.grid"]),
-        ("fixed.width", "wide", ["config.fixed.width", "wide"]),
         ("fixed.seed", 3, ["seed"]),
         ("seeds", (), ["config.seeds", "at least one"]),
         ("seeds", (0, -1), ["config.seed", "-1"]),
         ("more_seeds", ({"cut": (1,), "seeds": (1,)},), ["config.more_seeds", "cut"]),
         ("columns", "clients", ["config.columns", "clients"]),
-        ("base", "nowhere.py", ["nowhere.py"]),
+        ("base", "nowhere.py", ["config.base = 'nowhere.py': an existing config file"]),
+        ("seeds", (0, 0, 1), ["config.seeds = (0, 0, 1): each seed once"]),
+        ("grid.cut", (1, 1), ["config.grid.cut = (1, 1): each value once"]),
+        ("fixed.width", "wide", ["command line = '--config.fixed.width=wide'"]),
     ],
 )
 def test_wrong_fields_are_refused_before_any_run(capsys, npz, field, value, words):
@@ -213,6 +215,13 @@ def test_wrong_variants_are_refused(variant, words):
     with pytest.raises(InputError, match=r"config\.methods\['A'\]") as error:
         expand(sweep)
     assert words in str(error.value)
+
+
+def test_a_config_of_a_run_is_no_sweep(capsys):
+    line = refused(capsys, ["sweep", "--config", BASE, "--dry_run"])
+    assert f"--config = '{BASE}'" in line and "default_sweep()" in line
+    line = refused(capsys, ["sweep", "--config", "nowhere.py", "--dry_run"])
+    assert "--config = 'nowhere.py': an existing config file is needed" in line
 
 
 def test_a_base_is_needed(capsys):
@@ -258,7 +267,7 @@ def test_a_run_that_always_fails_may_be_left_out(capsys, npz, monkeypatch):
     assert main(command(npz, **{"grid.num_clients": (4,)}), FAKE) == 0
     out, _ = capsys.readouterr()
     assert "num_clients=2,seed=0 is left out from now on; its files stay" in out
-    assert "1 runs: 1 finished." in out
+    assert "1 run: 1 finished." in out
     assert calls(npz) == {"num_clients=2,seed=0": 1, "num_clients=4,seed=0": 1}
 
 
@@ -536,7 +545,9 @@ def finished_sweep(folder: Path) -> SweepFolder:
         (folder / "runs" / name).mkdir(parents=True)
         if result:
             summary = dict(zip(("linear_top1", "knn_top1"), result, strict=True), steps=7)
+            summary |= {"knn_top1_at_init": 20.0 + seed, "test_images": 1234}
             (folder / "runs" / name / "summary.json").write_text(json.dumps(summary))
+    (folder / "runs" / "B,num_clients=100,seed=0" / "log.txt").write_text("what went wrong\n")
     definition = {"columns": "num_clients", "metrics": ["linear_top1", "knn_top1"], "runs": runs}
     (folder / "sweep.json").write_text(json.dumps(definition))
     return SweepFolder(folder)
@@ -560,10 +571,13 @@ def test_the_table_of_a_sweep_that_is_not_finished(tmp_path, capsys):
         "| B | linear probe, top-1 % | 70.00 (1) | - (0 of 1) |",
         "| B | kNN, top-1 % | 41.00 (1) | - (0 of 1) |",
         "",
-        "Unfinished:",
+        "Accuracy on 1,234 test images.",
+        "kNN of the untrained encoders, top-1 %: 20.25 ± 0.50 (4).",
         "",
-        "- A,num_clients=100,seed=1",
-        "- B,num_clients=100,seed=0",
+        "Unfinished, with the last line of its log:",
+        "",
+        "- A,num_clients=100,seed=1: no output",
+        "- B,num_clients=100,seed=0: what went wrong",
     ]
 
 
@@ -635,7 +649,7 @@ def test_no_sweep_to_report_on(tmp_path, capsys):
 
 def test_a_sweep_of_a_real_run(npz, capsys):
     assert main(command(npz, **{"grid.num_clients": (4,), "fixed.rounds": 1})) == 0
-    assert "1 runs: 1 finished." in capsys.readouterr().out
+    assert "1 run: 1 finished." in capsys.readouterr().out
     (record,) = SweepFolder(npz.parent / "sweep").records()
     assert (record.summary["num_clients"], record.summary["rounds"]) == (4, 1)
     assert 0 < record.summary["knn_top1"] <= 100

@@ -41,7 +41,11 @@ def prepare(request: Request) -> Prepared:
             between train and test, a file that is no image.
     """
     if request.image_size is None:
-        raise InputError("config.image_size", None, "a folder needs a store size, e.g. 64")
+        raise InputError(
+            "config.image_size",
+            None,
+            "the side of the stored squares is needed, e.g. 64",
+        )
     root = Path(request.location).expanduser()
     if not root.is_dir():
         raise InputError("config.dataset", request.dataset, "an existing folder is needed")

@@ -122,7 +122,7 @@ def _store_size(file: _File, request: Request) -> int:
         file.headers[name].shape[1:3] for name in ("x_train", "x_test") if name in file.headers
     }
     if len(sizes) > 1:
-        allowed = f"a store size is needed, as x_train and x_test differ: {sorted(sizes)}"
+        allowed = f"the side of stored squares is needed: x_train and x_test have {sorted(sizes)}"
         raise InputError("config.image_size", None, allowed)
     return min(sizes.pop())
 

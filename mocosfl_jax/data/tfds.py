@@ -195,7 +195,7 @@ def _store_size(shape: tuple[int | None, ...], request: Request) -> int:
         return request.image_size
     height, width = shape[:2]
     if height is None or width is None:
-        allowed = f"{request.dataset} has images of many sizes: a store size is needed, e.g. 64"
+        allowed = "images of many sizes: the side of the stored squares is needed, e.g. 64"
         raise InputError("config.image_size", None, allowed)
     return min(height, width)
 

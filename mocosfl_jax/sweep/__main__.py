@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mocosfl_jax.commandline import parse
+from mocosfl_jax.commandline import config_file, parse
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.sweep.definition import Run, check, expand
 from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
@@ -123,6 +123,9 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     if values.config is None and not values.report:
         allowed = "a sweep's config file is needed, e.g. configs/sweeps/client_count.py"
         raise InputError("--config", None, allowed)
+    if values.config is not None and "grid" not in values.config:
+        allowed = "a sweep's config is needed, made by default_sweep(); this one is of a run"
+        raise InputError("--config", config_file(argv), allowed)
     if values.workdir is None and not values.dry_run:
         raise InputError("--workdir", None, "a folder for the sweep is needed")
     return values

@@ -116,6 +116,8 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
     fixed = {name: value for name, value in sweep.fixed.items() if value is not None}
     grid = {name: values for name, values in sweep.grid.items() if values is not None}
     methods = sweep.methods.to_dict() or {"": {}}
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        raise InputError("config.seeds", sweep.seeds, "each seed once")
     _check_metrics(sweep.metrics)
     _check_places(fixed, grid, methods)
     _check_more_seeds(sweep.more_seeds, grid)
@@ -161,7 +163,7 @@ def _load(run: Run) -> ConfigDict:
     """The run's config as `main` reads it from the command line."""
     argv = ["main", *run.arguments]
     values = define_flags(argv)
-    parse(values, argv)
+    parse(values, argv, config_name="config.base")
     return values.config
 
 
@@ -206,6 +208,8 @@ def _check_places(fixed: Fields, grid: Fields, methods: dict[str, Fields]) -> No
     for name, values in grid.items():
         if not values:
             raise InputError(f"config.grid.{name}", values, "at least one value is needed")
+        if len(set(values)) < len(values):
+            raise InputError(f"config.grid.{name}", values, "each value once")
         if None in values:
             raise InputError(f"config.grid.{name}", values, CANNOT_UNSET)
         if name in fixed:

@@ -24,6 +24,7 @@ class Record:
     cell: dict[str, Any]  # its values of the grid's fields
     config: dict[str, Any]  # all of its fields
     summary: dict[str, Any] | None  # its summary.json; None: unfinished
+    last_words: str  # last line of its log
 
 
 class SweepFolder:
@@ -84,7 +85,12 @@ class SweepFolder:
         Raises: InputError: none does.
         """
         return [
-            Record(name=name, summary=self._summary(name), **run)
+            Record(
+                name=name,
+                summary=self._summary(name),
+                last_words=last_line(self.log_path(name)),
+                **run,
+            )
             for name, run in self.definition()["runs"].items()
         ]
 
@@ -108,6 +114,13 @@ class SweepFolder:
                     allowed = f"holds a sweep with another config ({change}, run {name})"
                     raise InputError("--workdir", str(self.path), allowed)
         return left_out
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
 
 
 def _described(run: Run, config: Config) -> dict[str, Any]:

@@ -91,7 +91,8 @@ def write_report(folder: SweepFolder, columns: str, metrics: Sequence[str]) -> s
     text = markdown(records, table)
     write_text(folder.path / "report.csv", long_form(records, columns, metrics))
     write_text(folder.path / "report.md", text)
-    plot(table, folder.path / "report.png")
+    at_init = _at_init(records)
+    plot(table, at_init.mean if at_init.values else None, folder.path / "report.png")
     return text
 
 
@@ -115,8 +116,9 @@ def tabulate(records: Sequence[Record], columns: str, metrics: Sequence[str]) ->
 
 def markdown(records: Sequence[Record], table: Table) -> str:
     """The page: how many runs are finished, the table, the unfinished ones."""
-    unfinished = [record.name for record in records if record.summary is None]
-    counts = f"{len(records)} runs: {len(records) - len(unfinished)} finished"
+    unfinished = [record for record in records if record.summary is None]
+    runs = f"{len(records)} run{'s' * (len(records) > 1)}"
+    counts = f"{runs}: {len(records) - len(unfinished)} finished"
     counts += f", {len(unfinished)} unfinished" * bool(unfinished)
     lines = [
         f"{counts}.",
@@ -130,8 +132,11 @@ def markdown(records: Sequence[Record], table: Table) -> str:
         for metric in table.metrics:
             cells = [table.cells[row, metric, column] for column in table.columns]
             lines.append(_line([row, _label(metric), *cells]))
+    if notes := _notes(records, table):
+        lines += ["", *notes]
     if unfinished:
-        lines += ["", "Unfinished:", "", *(f"- {name}" for name in unfinished)]
+        lines += ["", "Unfinished, with the last line of its log:", ""]
+        lines += [f"- {record.name}: {record.last_words}" for record in unfinished]
     return "\n".join(lines) + "\n"
 
 
@@ -152,8 +157,11 @@ def long_form(records: Sequence[Record], columns: str, metrics: Sequence[str]) -
     return text.getvalue()
 
 
-def plot(table: Table, path: os.PathLike[str]) -> None:
-    """Each metric over the columns' field, one line a method, error bars over seeds."""
+def plot(table: Table, untrained: float | None, path: os.PathLike[str]) -> None:
+    """Each metric over the columns' field, one line a method, error bars over seeds.
+
+    Args: untrained: mean kNN before the first step, a dotted line.
+    """
     from matplotlib.figure import Figure
 
     numbers = all(isinstance(x, int | float) and x > 0 for x in table.columns)
@@ -175,11 +183,13 @@ def plot(table: Table, path: os.PathLike[str]) -> None:
         axes.minorticks_off()
         axes.set_xlabel(_label(table.field))
         axes.set_ylabel(_label(metric))
+        if metric == "knn_top1" and untrained is not None:
+            axes.axhline(untrained, color="grey", linestyle=":", label="untrained")
         if "top1" in metric:
             _widen(axes)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(table.rows) > 1 and index == 0:
+        if len(table.rows) > 1 or metric == "knn_top1":
             axes.legend(frameon=False)
     figure.savefig(path)
 
@@ -206,9 +216,26 @@ def _widen(axes: Any) -> None:
 
 
 def _cell(records: Sequence[Record], metric: str) -> Cell:
-    found = [record.summary[metric] for record in records if record.summary is not None]
+    found = [record.summary.get(metric) for record in records if record.summary is not None]
     values = tuple(value for value in found if value is not None)
     return Cell(values, len(found), len(records))
+
+
+def _notes(records: Sequence[Record], table: Table) -> list[str]:
+    """What a reader needs to judge the numbers."""
+    summaries = [record.summary for record in records if record.summary is not None]
+    notes = []
+    if sizes := sorted({s["test_images"] for s in summaries if s.get("test_images")}):
+        notes.append(f"Accuracy on {' or '.join(f'{n:,}' for n in sizes)} test images.")
+    if "knn_top1" in table.metrics and (at_init := _at_init(records)).values:
+        notes.append(f"kNN of the untrained encoders, top-1 %: {at_init}.")
+    if any(cell.finished and not cell.values for cell in table.cells.values()):
+        notes.append("-: finished, but its config skips this number.")
+    return notes
+
+
+def _at_init(records: Sequence[Record]) -> Cell:
+    return _cell([r for r in records if r.summary is not None], "knn_top1_at_init")
 
 
 def _row(record: Record, columns: str) -> str:

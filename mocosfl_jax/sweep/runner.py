@@ -7,12 +7,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
 from mocosfl_jax.sweep.engines import Engine, Job, Task
+from mocosfl_jax.sweep.folder import last_line
 
 GRACE_SECONDS = 300.0
 """That runs have to save and end when the sweep is stopped."""
@@ -160,10 +160,3 @@ def _end(jobs: Sequence[Job], engine: Engine, stop: StopRequest) -> None:
     for job in jobs:
         if job.poll() is None:
             job.kill()
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
-    text = log.read_text(errors="replace") if log.exists() else ""
-    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return lines[-1] if lines else "no output"
