@@ -199,16 +199,16 @@ def plot(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    one_each = [row for row in rows["registered"] if row["registered"] != "again"]
-    clients = [int(r["registered"]) for r in one_each]
-    left.plot(clients, [r["over_first"] for r in one_each], "o-")
-    left.set(
-        xscale="log", ylim=(0, None), xlabel="registered clients", ylabel="time a step / first"
-    )
     ratio = next(key for key in rows["active"][0] if key.startswith("over_"))
+    one_each = [row for row in rows["registered"] if row["registered"] != "again"]
+    clients = [int(row["registered"]) for row in one_each]
+    left.plot(clients, [row["over_first"] for row in one_each], "o-")
+    left.set(xlabel="registered clients", ylabel=f"time a step over N = {clients[0]}")
     by_rule = rows["active"][:-1]
-    right.plot([int(r["cohort"]) for r in by_rule], [r[ratio] for r in by_rule], "o-")
-    right.set(xscale="log", ylim=(0, None), xlabel="active clients", ylabel="time a sample / 100's")
+    right.plot([int(row["cohort"]) for row in by_rule], [row[ratio] for row in by_rule], "o-")
+    right.set(xlabel="active clients", ylabel=f"time a sample over {ratio.split('_')[1]}")
+    for axes in (left, right):
+        axes.set(xscale="log", ylim=(0, 1.2 * axes.get_ylim()[1]))
     figure.savefig(path, dpi=120)
 
 
