@@ -581,6 +581,16 @@ def test_the_table_of_a_sweep_that_is_not_finished(tmp_path, capsys):
     ]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_report_before_any_run_is_finished(tmp_path, capsys):
+    folder = finished_sweep(tmp_path)
+    for name in folder.definition()["runs"]:
+        (folder.run_path(name) / "summary.json").unlink(missing_ok=True)
+    assert main(["sweep", "--workdir", str(tmp_path), "--report"]) == 0
+    assert "6 runs: 0 finished, 6 unfinished." in capsys.readouterr().out
+    assert (tmp_path / "report.png").exists()
+
+
 def test_the_long_form_has_a_row_a_run(tmp_path):
     finished_sweep(tmp_path)
     assert main(["sweep", "--workdir", str(tmp_path), "--report"]) == 0

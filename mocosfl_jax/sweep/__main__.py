@@ -44,7 +44,7 @@ def main(argv: list[str], program: Sequence[str] = PROGRAM) -> int:
         runs = expand(values.config)
         configs = check(runs)
         if values.dry_run:
-            print(*runs, f"{len(runs)} runs", sep="\n")
+            print(*runs, f"{len(runs)} run{'s' * (len(runs) > 1)}", sep="\n")
             return 0
         folder = SweepFolder(values.workdir)
         with folder.hold() as lock:

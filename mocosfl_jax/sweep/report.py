@@ -189,7 +189,8 @@ def plot(table: Table, untrained: float | None, path: os.PathLike[str]) -> None:
             _widen(axes)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if len(table.rows) > 1 or metric == "knn_top1":
+        shown, _ = axes.get_legend_handles_labels()
+        if len(shown) > 1:
             axes.legend(frameon=False)
     figure.savefig(path)
 
@@ -225,12 +226,14 @@ def _notes(records: Sequence[Record], table: Table) -> list[str]:
     """What a reader needs to judge the numbers."""
     summaries = [record.summary for record in records if record.summary is not None]
     notes = []
-    if sizes := sorted({s["test_images"] for s in summaries if s.get("test_images")}):
+    accuracies = [cell for (_, metric, _), cell in table.cells.items() if "top1" in metric]
+    sizes = sorted({s["test_images"] for s in summaries if s.get("test_images")})
+    if sizes and any(cell.values for cell in accuracies):
         notes.append(f"Accuracy on {' or '.join(f'{n:,}' for n in sizes)} test images.")
     if "knn_top1" in table.metrics and (at_init := _at_init(records)).values:
         notes.append(f"kNN of the untrained encoders, top-1 %: {at_init}.")
     if any(cell.finished and not cell.values for cell in table.cells.values()):
-        notes.append("-: finished, but its config skips this number.")
+        notes.append("-: finished without this number, which needs labels or is switched off.")
     return notes
 
 
