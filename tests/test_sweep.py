@@ -581,6 +581,25 @@ def test_the_table_of_a_sweep_that_is_not_finished(tmp_path, capsys):
     ]
 
 
+def test_a_report_that_cannot_be_written(tmp_path, capsys):
+    finished_sweep(tmp_path)
+    (tmp_path / "report.csv").mkdir()
+    line = refused(capsys, ["sweep", "--workdir", str(tmp_path), "--report"])
+    assert "report.csv" in line and "cannot be written" in line
+
+
+def test_a_signal_does_not_break_the_report(capsys, npz, monkeypatch):
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+        return "the report\n"
+
+    monkeypatch.setattr("mocosfl_jax.sweep.__main__.write_report", interrupted)
+    assert main(command(npz), FAKE) == 130
+    out, err = capsys.readouterr()
+    assert out.endswith("the report\n")
+    assert err == "mocosfl_jax.sweep: stopped; the same command goes on\n"
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_report_before_any_run_is_finished(tmp_path, capsys):
     folder = finished_sweep(tmp_path)

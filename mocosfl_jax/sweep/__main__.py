@@ -72,9 +72,9 @@ def _sweep(
         print(f"{tally.done} of {tally.total} runs are finished already")
     with stop_requests() as stop:
         carry_out(tasks, engine, tally, Board(tally), stop)
-    for name, reason in tally.failed.items():
-        print(f"mocosfl_jax.sweep: {name} failed, {reason}", file=sys.stderr)
-    print(write_report(folder, sweep.columns, sweep.metrics), end="")
+        for name, reason in tally.failed.items():
+            print(f"mocosfl_jax.sweep: {name} failed, {reason}", file=sys.stderr)
+        print(write_report(folder, sweep.columns, sweep.metrics), end="")
     if stop.number is not None:
         print("mocosfl_jax.sweep: stopped; the same command goes on", file=sys.stderr)
         return 128 + stop.number

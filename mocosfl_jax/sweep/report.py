@@ -83,16 +83,21 @@ def write_report(folder: SweepFolder, columns: str, metrics: Sequence[str]) -> s
       folder: of the sweep, which may be running.
       columns: field whose values are the columns and the x axis.
       metrics: numbers of summary.json.
-    Raises: InputError: no sweep lies there, or no run has such a field or number.
+    Raises: InputError: no sweep lies there, no run has such a field or number, or a file cannot be
+    written.
     """
     records = folder.records()
     _check(records, columns, metrics)
     table = tabulate(records, columns, metrics)
     text = markdown(records, table)
-    write_text(folder.path / "report.csv", long_form(records, columns, metrics))
-    write_text(folder.path / "report.md", text)
     at_init = _at_init(records)
-    plot(table, at_init.mean if at_init.values else None, folder.path / "report.png")
+    try:
+        write_text(folder.path / "report.csv", long_form(records, columns, metrics))
+        write_text(folder.path / "report.md", text)
+        plot(table, at_init.mean if at_init.values else None, folder.path / "report.png")
+    except OSError as error:
+        reason = f"the report cannot be written here: {error.strerror}"
+        raise InputError(str(error.filename or folder.path), None, reason) from None
     return text
 
 

@@ -131,7 +131,7 @@ def carry_out(
                 time.sleep(engine.seconds_between_polls)
     finally:
         if running:
-            board.event(f"waiting for {len(running)} runs to save and end")
+            board.event(f"waiting for {len(running)} run{'s' * (len(running) > 1)} to save and end")
         _end([job for _, job in running], engine, stop)
         board.close()
 
