@@ -271,6 +271,15 @@ def test_a_run_that_always_fails_may_be_left_out(capsys, npz, monkeypatch):
     assert calls(npz) == {"num_clients=2,seed=0": 1, "num_clients=4,seed=0": 1}
 
 
+def test_finished_runs_do_not_need_their_data(capsys, npz):
+    assert main(command(npz), FAKE) == 0
+    npz.unlink()
+    assert main(command(npz), FAKE) == 0
+    capsys.readouterr()
+    assert "images.npz" in refused(capsys, command(npz, seeds=(0, 1)))  # a new run needs them
+    assert "temperature" in refused(capsys, command(npz, **{"fixed.temperature": 0.25}))
+
+
 def test_another_sweep_in_the_same_folder_is_refused(capsys, npz):
     assert main(command(npz), FAKE) == 0
     capsys.readouterr()

@@ -42,11 +42,12 @@ def main(argv: list[str], program: Sequence[str] = PROGRAM) -> int:
         if values.report:
             return _report(SweepFolder(values.workdir), values.config)
         runs = expand(values.config)
-        configs = check(runs)
         if values.dry_run:
+            check(runs)
             print(*runs, f"{len(runs)} run{'s' * (len(runs) > 1)}", sep="\n")
             return 0
         folder = SweepFolder(values.workdir)
+        configs = check(runs, [name for name in runs if folder.is_finished(name)])
         with folder.hold() as lock:
             engine = _engine(values, folder, lock.fileno())
             for name in folder.claim(values.config, runs, configs):

@@ -5,7 +5,7 @@ turns it into runs, each of which has been checked as `mocosfl_jax.main` would c
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -132,9 +132,10 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
     return {run.name: run for _, run in sorted(ranked, key=lambda pair: pair[0])}
 
 
-def check(runs: dict[str, Run]) -> dict[str, Config]:
+def check(runs: dict[str, Run], finished: Collection[str] = ()) -> dict[str, Config]:
     """The config of each run, unset fields left unset, after all checks that `main` would make.
 
+    Args: finished: names of runs whose data need not be there any more.
     Raises: InputError: names the field, its value, what is allowed, and the run.
     """
     infos: dict[Any, DatasetInfo] = {}
@@ -146,13 +147,16 @@ def check(runs: dict[str, Run]) -> dict[str, Config]:
             infos[key] = inspect_dataset(config.dataset, **options)
         return infos[key]
 
-    return {name: _checked(run, info_of) for name, run in runs.items()}
+    return {
+        name: _checked(run, None if name in finished else info_of) for name, run in runs.items()
+    }
 
 
-def _checked(run: Run, info_of: Callable[[Config], DatasetInfo]) -> Config:
+def _checked(run: Run, info_of: Callable[[Config], DatasetInfo] | None) -> Config:
     try:
         config = check_types(_load(run))
-        resolve(config, info_of(config))
+        if info_of is not None:
+            resolve(config, info_of(config))
     except InputError as error:
         error.args = (f"{error} (run {run.name})",)
         raise
