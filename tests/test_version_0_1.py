@@ -1,0 +1,88 @@
+"""What version 0.1.0 left behind loads, resumes and answers.
+
+`tests/version_0_1` holds two work directories stopped by SIGTERM at step 9 of 12, in the middle of
+round 2: `persistent` clients with momentum models of their own, and `private_queues`. Beside each
+lies the encoder of the same run without the stop; `answers.npz` has what that encoder says, and
+the losses and kNN accuracy of both uninterrupted runs (seed 0, JAX 0.10.2 on a CPU, 2026-11-24).
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mocosfl_jax import load_encoder
+from mocosfl_jax.build import data_options
+from mocosfl_jax.config import check_types, default_config
+from mocosfl_jax.data.sources import inspect_dataset, load_dataset
+from mocosfl_jax.resolve import resolve
+from mocosfl_jax.train import train
+from mocosfl_jax.workdir import WorkDir
+from tests import tiny
+
+FILES = Path(__file__).with_name("version_0_1")
+FIELDS = {
+    **tiny.FIELDS,
+    "dataset": "synthetic",
+    "image_size": 8,
+    "cohort_size": 3,
+    "rounds": 2,
+    "learning_rate": 0.003,
+    "schedule": "constant",
+    "augmentation": "v1",
+    "knn_every": 0,
+    "probe_epochs": 0,
+    "keep_checkpoints": 1,
+}
+RUNS = {"persistent": {}, "private_queues": {"feature_sharing": False, "loss": "one_way"}}
+
+
+def resume(workdir: Path, **fields) -> dict:
+    raw = default_config()
+    raw.update({**FIELDS, **fields})
+    config = check_types(raw)
+    options = data_options(config)
+    config = resolve(config, inspect_dataset(config.dataset, **options))
+    held = WorkDir(workdir)
+    try:
+        return train(config, load_dataset(config.dataset, **options), held)
+    finally:
+        held.close()
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, np.ndarray]:
+    return dict(np.load(FILES / "answers.npz"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(name, answers, tmp_path, capsys):
+    with tarfile.open(FILES / f"{name}.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    summary = resume(tmp_path / name, **RUNS[name])
+    assert "resumed at step 9 of 12" in capsys.readouterr().out
+    text = (tmp_path / name / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines] == list(range(13))
+    loss = [line["loss"] for line in lines[1:]]
+    np.testing.assert_allclose(loss, answers[f"{name}_loss"], rtol=1e-3)
+    assert abs(summary["knn_top1"] - answers[f"{name}_knn_top1"]) < 0.5
+    got, want = (load_file(f) for f in (tmp_path / name / "encoder.safetensors", encoder_of(name)))
+    assert got.keys() == want.keys()
+    for tensor in want:
+        scale = np.abs(want[tensor]).max()
+        np.testing.assert_allclose(got[tensor], want[tensor], atol=1e-3 * scale, err_msg=tensor)
+
+
+def encoder_of(name: str) -> Path:
+    return FILES / f"{name}.safetensors"
+
+
+def test_an_encoder_file_answers(answers):
+    images = (np.arange(5 * 8 * 8 * 3).reshape(5, 8, 8, 3) * 7 % 251).astype(np.uint8)
+    encoder = load_encoder(encoder_of("persistent"))
+    np.testing.assert_allclose(encoder(images), answers["features"], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(encoder.embed(images), answers["embedding"], rtol=1e-3, atol=1e-5)
