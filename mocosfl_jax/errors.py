@@ -4,10 +4,21 @@
 class InputError(ValueError):
     """Bad input: a config field or a file that the run cannot use.
 
-    The message is one line that names the field or file, its value and what is allowed.
+    The message is one printable line that names the field or file, its value and what is allowed.
     `main` prints it on stderr and exits with status 2.
     """
 
     def __init__(self, where: str, value: object, allowed: str):
         """Args: where: config field (`config.cut`) or file; value: as found; allowed: what is."""
-        super().__init__(f"{where} = {value!r}: {allowed}".replace("\n", " "))
+        super().__init__(one_line(f"{where} = {value!r}: {allowed}"))
+
+
+def one_line(text: str) -> str:
+    """The text with escapes for all that is not printable, such as line ends in file names.
+
+    Bytes of a file name that are not UTF-8, which Python holds as lone surrogates, are escaped too:
+    the result can be printed.
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

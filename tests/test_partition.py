@@ -41,6 +41,14 @@ def test_every_image_belongs_to_exactly_one_client(kind):
     assert [len(partition.client(i)) for i in range(9)] == partition.sizes.tolist()
 
 
+def test_holders_are_the_clients_that_have_images():
+    partition = dirichlet(LABELS, 9, 0.01, seed=5)
+    held = [client for client in range(9) if len(partition.client(client))]
+    assert 1 < partition.num_holders == len(held) < 9
+    shared = SharedImages(NUM_IMAGES, LABELS, 10**12, 5, None, 0.01, 5)  # counts without a list
+    assert shared.num_holders == 10**12
+
+
 @pytest.mark.parametrize("kind", PARTITIONS)
 def test_seed_decides(kind):
     first, same, other = (PARTITIONS[kind](seed) for seed in (5, 5, 6))

@@ -1,5 +1,7 @@
 import hashlib
+import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -7,48 +9,23 @@ import pytest
 from PIL import Image
 
 from mocosfl_jax.data import synthetic
-from mocosfl_jax.data.sources import channel_stats, inspect_dataset, load_dataset
+from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.data.sources import (
+    channel_stats,
+    check_memory,
+    inspect_dataset,
+    load_dataset,
+)
 from mocosfl_jax.errors import InputError
-
-OPTIONS = {
-    "data_dir": None,
-    "train_split": None,
-    "test_split": None,
-    "image_size": None,
-    "holdout_fraction": 0.25,
-    "seed": 0,
-}
-
-
-def inspect(dataset, **options):
-    return inspect_dataset(str(dataset), **{**OPTIONS, **options})
-
-
-def load(dataset, **options):
-    """Loads a data set and checks that `inspect_dataset` had foretold it."""
-    loaded = load_dataset(str(dataset), **{**OPTIONS, **options})
-    assert loaded.info == inspect(dataset, **options)
-    splits = {"train": loaded.train, **({"test": loaded.test} if loaded.test else {})}
-    for name, split in splits.items():
-        shape = (getattr(loaded.info, f"num_{name}"), *[loaded.info.image_size] * 2, 3)
-        assert (split.images.dtype, split.images.shape) == (np.uint8, shape)
-        if split.labels is not None:
-            assert (split.labels.dtype, split.labels.shape) == (np.int32, shape[:1])
-    assert (loaded.test is None) == (loaded.info.num_test == 0)
-    assert loaded.info.labelled == (loaded.train.labels is not None)
-    return loaded
-
-
-def random_images(*shape):
-    return np.random.default_rng(sum(shape)).integers(0, 256, shape, np.uint8)
-
-
-def numbered(images, start=0):
-    """Images whose first pixel tells their index."""
-    images = images.copy()
-    images[:, 0, 0] = np.arange(start, start + len(images))[:, None]
-    return images
-
+from tests.data_files import (
+    OPTIONS,
+    inspect,
+    load,
+    numbered,
+    prepare,
+    random_images,
+    write_npz,
+)
 
 # -------------------------------------------------------------------------------- the dispatch
 
@@ -73,6 +50,34 @@ def test_bad_fields_are_named(dataset, options, field, words):
         inspect(dataset, **options)
     for word in words:
         assert word in str(error.value)
+
+
+def test_wrappers_of_prepare_dataset(tmp_path):
+    dataset = write_npz(tmp_path / "a.npz", x_train=random_images(5, 4, 4, 3))
+    whole, info = load(dataset), inspect_dataset(dataset, **OPTIONS)
+    assert info == whole.info
+    again = load_dataset(dataset, **OPTIONS)
+    np.testing.assert_array_equal(again.train.images, whole.train.images)
+
+
+def test_images_beyond_memory_are_refused_before_they_are_read(monkeypatch):
+    """12,000 images of 16 x 16 x 3 bytes are 9,216,000."""
+    prepared = prepare("synthetic", image_size=16)
+    monkeypatch.setattr("mocosfl_jax.data.sources.machine_memory_bytes", lambda: 9_215_999)
+    for refused in (prepared.load, lambda: check_memory(prepared.info)):
+        with pytest.raises(InputError, match=r"^config\.image_size = 16: 12000 images take"):
+            refused()
+    check_memory(DatasetInfo("smaller", 9_999, 2_000, 16, None))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\v", "\x85", "\u2028", "\x1b", "\udcff", "\ud800"])
+def test_a_message_is_one_printable_line(end):
+    """Only what is not printable is escaped, wherever it stands."""
+    message = str(InputError(f"dätä/{end}\\x", f"größe{end}", f"größer {end} als 1"))
+    escape = end.encode("unicode_escape").decode()
+    assert message == f"dätä/{escape}\\x = 'größe{escape}': größer {escape} als 1"
+    assert message.isprintable()
+    message.encode()
 
 
 # ----------------------------------------------------------------------------------- synthetic
@@ -136,11 +141,6 @@ def test_synthetic_scenes_do_not_depend_on_the_size(drawn, monkeypatch):
 # ----------------------------------------------------------------------------------------- npz
 
 
-def write_npz(path, compress=False, **arrays):
-    (np.savez_compressed if compress else np.savez)(path, **arrays)
-    return f"npz:{path}"
-
-
 @pytest.mark.parametrize("compress", [False, True])
 def test_npz_round_trip(tmp_path, compress):
     x_train, x_test = random_images(7, 6, 6, 3), random_images(4, 6, 6, 3)
@@ -160,6 +160,7 @@ def test_npz_round_trip(tmp_path, compress):
     assert loaded.test.labels.tolist() == y_test.tolist()
     assert loaded.class_names is None
     assert (loaded.info.name, loaded.info.num_classes) == (dataset, 3)
+    assert not loaded.info.held_out
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 6), (5, 6, 6, 1)])
@@ -273,6 +274,91 @@ def test_inspecting_an_npz_reads_no_pixels(tmp_path):
         load_dataset(dataset, **OPTIONS)
 
 
+def test_npz_labels_need_no_pixels(tmp_path):
+    path = tmp_path / "a.npz"
+    dataset = write_npz(
+        path, x_train=random_images(5, 64, 64, 3), y_train=np.array([7, 9, 7, 9, 9])
+    )
+    path.write_bytes(
+        path.read_bytes().replace(random_images(5, 64, 64, 3)[2].tobytes(), b"?" * 12288)
+    )
+    prepared = prepare(dataset, holdout_fraction=0.0)
+    assert prepared.train_labels().tolist() == [0, 1, 0, 1, 1]
+    with pytest.raises(InputError, match="CRC"):
+        prepared.load()
+
+
+def test_npz_hold_out_by_rule(tmp_path):
+    """A tenth of labelled images; without labels nothing, unless a fraction is set."""
+    images, labels = random_images(40, 4, 4, 3), np.repeat([0, 1], 20)
+    labelled = write_npz(tmp_path / "a.npz", x_train=images, y_train=labels)
+    unlabelled = write_npz(tmp_path / "b.npz", x_train=images, y_train=np.full(40, -1))
+    infos = [
+        inspect(dataset, holdout_fraction=fraction)
+        for dataset in (labelled, unlabelled)
+        for fraction in (None, 0.3, 0.0)
+    ]
+    assert [info.num_test for info in infos] == [4, 12, 0, 0, 12, 0]
+    assert [info.held_out for info in infos] == [True, True, False, False, True, False]
+    by_rule, set_ = (load(labelled, holdout_fraction=fraction) for fraction in (None, 0.1))
+    np.testing.assert_array_equal(by_rule.test.images, set_.test.images)
+
+
+def test_npz_ignores_what_it_does_not_read(tmp_path):
+    """A text, an object array and a torn array, none of which has a header that can be read."""
+    dataset = write_npz(tmp_path / "a.npz", **GOOD, objects=np.array([{}, None]))
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("readme.txt", "not an array")
+        archive.writestr("torn.npy", b"\x93NUMPY\x01")
+    np.testing.assert_array_equal(load(dataset, holdout_fraction=0.0).train.images, GOOD["x_train"])
+
+
+def write_header(path, name, shape, descr, data):
+    """Replaces an array of GOOD by one of any header and any bytes."""
+    member = io.BytesIO()
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(member, header)
+    write_npz(path, **{key: array for key, array in GOOD.items() if key != name})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"{name}.npy", member.getvalue() + data)
+    return f"npz:{path}"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "descr", "num_bytes"),
+    [
+        ("x_train", (2**62, 4, 4, 3), "|u1", 192),
+        ("x_train", (4, 2**40, 2**40, 3), "|u1", 300),
+        ("x_train", (4, 5, 5, 3), "|u1", 299),
+        ("x_train", (4, 5, 5, 3), "|u1", 301),
+        ("x_train", (4, 5, 5, 3), "|u1", 0),
+        ("y_train", (4,), "<i8", 16),
+    ],
+)
+def test_npz_header_must_fit_its_bytes(tmp_path, name, shape, descr, num_bytes):
+    dataset = write_header(tmp_path / "a.npz", name, shape, descr, bytes(num_bytes))
+    with pytest.raises(InputError, match=rf"a\.npz\[{name}\] = .* fits the {num_bytes} bytes"):
+        inspect(dataset)
+
+
+def test_npz_beyond_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """Whatever the size of the stored squares; the labels are the first to be read."""
+    dataset = write_npz(tmp_path / "a.npz", x_train=random_images(4, 9, 9, 3))
+    labelled = write_npz(tmp_path / "b.npz", **GOOD)
+    prepared = prepare(dataset, image_size=1)
+    monkeypatch.setattr("mocosfl_jax.data.npz.machine_memory_bytes", lambda: 31)
+    with pytest.raises(InputError, match=r"a\.npz\[x_train\] = '972 bytes'.* memory .* 31$"):
+        prepared.load()
+    with pytest.raises(InputError, match=r"b\.npz\[y_train\] = '32 bytes'.* memory .* 31$"):
+        inspect(labelled)
+
+
+def test_a_pipe_is_no_npz(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(InputError, match=r"a\.npz = 'no file'"):
+        inspect(f"npz:{tmp_path}/a.npz")
+
+
 @pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04 torn"])
 def test_file_that_is_no_npz(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
@@ -280,166 +366,6 @@ def test_file_that_is_no_npz(tmp_path, content):
         inspect(f"npz:{tmp_path}/a.npz")
     with pytest.raises(InputError, match=r"b\.npz = "):
         inspect(f"npz:{tmp_path}/b.npz")
-
-
-# -------------------------------------------------------------------------------------- folder
-
-
-def save(path, pixels, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
-    image.save(path, **options)
-
-
-def write_classes(root, counts, size=6):
-    """Folders of PNG files whose first pixel tells their index within the class."""
-    for name, count in counts.items():
-        for index, pixels in enumerate(numbered(random_images(count, size, size, 3))):
-            save(root / name / f"{index:03d}.png", pixels)
-    return root
-
-
-def test_folder_with_train_and_val(tmp_path):
-    write_classes(tmp_path / "train", {"dog": 3, "ant": 5})
-    write_classes(tmp_path / "val", {"ant": 2, "dog": 4})
-    write_classes(tmp_path / "test", {"unlabelled": 1})  # as ImageNet's; val goes first
-    loaded = load(f"folder:{tmp_path}", image_size=6)
-    assert loaded.class_names == ("ant", "dog")
-    assert loaded.train.labels.tolist() == [0] * 5 + [1] * 3
-    assert loaded.test.labels.tolist() == [0] * 2 + [1] * 4
-    assert loaded.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
-    np.testing.assert_array_equal(loaded.train.images[:5], numbered(random_images(5, 6, 6, 3)))
-
-
-def test_folder_without_test_holds_out(tmp_path):
-    write_classes(tmp_path, {"a": 8, "b": 4})
-    loaded = load(f"folder:{tmp_path}", image_size=6)
-    assert np.bincount(loaded.train.labels).tolist() == [6, 3]
-    assert np.bincount(loaded.test.labels).tolist() == [2, 1]
-    for label, count in ((0, 8), (1, 4)):
-        splits = (loaded.train, loaded.test)
-        ids = np.concatenate([s.images[s.labels == label, 0, 0, 0] for s in splits])
-        assert sorted(ids) == list(range(count))
-    assert load(f"folder:{tmp_path}", image_size=6, holdout_fraction=0.0).test is None
-
-
-def test_folder_of_images_has_no_labels(tmp_path):
-    write_classes(tmp_path, {".": 9})
-    loaded = load(f"folder:{tmp_path}", image_size=6)
-    assert (loaded.info.num_train, loaded.info.num_test) == (7, 2)
-    assert loaded.class_names is None
-
-
-def test_folder_named_train_may_be_a_class(tmp_path):
-    write_classes(tmp_path, {"train": 4, "bus": 4})
-    assert inspect(f"folder:{tmp_path}", image_size=6).num_classes == 2
-
-
-def test_folder_ignores_what_is_no_image(tmp_path):
-    write_classes(tmp_path, {"a": 4, "b/deeper": 4, ".cache": 3, "b/.thumbnails": 2})
-    for name in ("a/Thumbs.db", "a/notes.txt", "a/.000.png", "README", "a/no_suffix"):
-        (tmp_path / name).write_bytes(b"no image")
-    (tmp_path / "a" / "000.png").rename(tmp_path / "a" / "000.PNG")
-    info = inspect(f"folder:{tmp_path}", image_size=6)
-    assert (info.num_train, info.num_test, info.num_classes) == (6, 2, 2)
-
-
-def read_one(tmp_path, name, pixels, **options):
-    """The pixels that come out of a folder with one image."""
-    size = options.pop("image_size", 6)
-    save(tmp_path / name, pixels, **options)
-    loaded = load(f"folder:{tmp_path}", image_size=size, holdout_fraction=0.0)
-    return loaded.train.images[0]
-
-
-GREY = random_images(6, 6)
-RGB = random_images(6, 6, 3)
-
-
-def test_grey_file(tmp_path):
-    np.testing.assert_array_equal(read_one(tmp_path, "a.png", GREY), np.stack([GREY] * 3, -1))
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-def test_sixteen_bit_file_keeps_the_upper_byte(tmp_path, suffix):
-    deep = GREY.astype(np.uint16) * 256 + 77
-    np.testing.assert_array_equal(read_one(tmp_path, f"a.{suffix}", deep), np.stack([GREY] * 3, -1))
-
-
-def test_palette_file(tmp_path):
-    image = Image.frombytes("P", (6, 6), (GREY // 86).tobytes())
-    palette = np.array([[250, 1, 2], [3, 240, 4], [5, 6, 230]], np.uint8)
-    image.putpalette(palette.tobytes())
-    out = read_one(tmp_path, "a.png", image, transparency=b"\x00\x80")
-    np.testing.assert_array_equal(out, palette[GREY // 86])
-
-
-def test_transparency_is_dropped(tmp_path):
-    rgba = np.concatenate([RGB, random_images(6, 6, 1)], axis=-1)
-    np.testing.assert_array_equal(read_one(tmp_path, "a.png", rgba), RGB)
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    """Orientation 6: the camera was turned, the picture is upright after a quarter turn right."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    out = read_one(tmp_path, "a.png", RGB, exif=exif)
-    np.testing.assert_array_equal(out, np.rot90(RGB, -1))
-
-
-def test_jpeg_is_cropped_at_its_centre(tmp_path):
-    """Thirds of red, green and blue: the centre is green, but for the errors of JPEG."""
-    thirds = np.zeros((20, 60, 3), np.uint8)
-    for i in range(3):
-        thirds[:, 20 * i : 20 * i + 20, i] = 255
-    out = read_one(tmp_path, "a.jpg", thirds, image_size=20, quality=95, subsampling=0)
-    assert np.abs(out.astype(int) - [0, 255, 0])[:, 4:-4].max() < 8
-
-
-def test_float_pixels_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"a\.tif = .*16 bits"):
-        read_one(tmp_path, "a.tif", GREY.astype(np.float32))
-
-
-def test_broken_header_is_found_before_any_pixel(tmp_path):
-    write_classes(tmp_path, {"a": 3, "b": 3})
-    (tmp_path / "b" / "001.png").write_bytes(b"\x89PNG no more")
-    with pytest.raises(InputError, match=r"b/001\.png = .*: an image file"):
-        inspect(f"folder:{tmp_path}", image_size=6)
-
-
-def test_torn_file_is_found_when_it_is_decoded(tmp_path):
-    write_classes(tmp_path, {"a": 3, "b": 3}, size=40)
-    torn = tmp_path / "b" / "002.png"
-    torn.write_bytes(torn.read_bytes()[:2000])
-    inspect(f"folder:{tmp_path}", image_size=6)
-    with pytest.raises(InputError, match=r"b/002\.png = .*: an image file"):
-        load_dataset(f"folder:{tmp_path}", **{**OPTIONS, "image_size": 6})
-
-
-@pytest.mark.parametrize(
-    ("layout", "where"),
-    [
-        ({}, ""),
-        ({"train/a": 2}, "/val"),
-        ({"train/a": 2, "train/b": 2, "val/a": 2}, "/val"),
-        ({"train/a": 2, "val/a": 2, "val/b": 2}, "/val"),
-        ({"train/a": 2, "val": 2}, "/val"),
-        ({"a": 2, "b": 0}, "/b"),
-        ({".": 2, "b": 2}, ""),
-        ({"a": 2, "b": 1}, ""),
-        ({".": 1}, ""),
-    ],
-)
-def test_bad_layout_names_the_folder(tmp_path, layout, where):
-    for name, count in layout.items():
-        (tmp_path / name).mkdir(parents=True, exist_ok=True)
-        write_classes(tmp_path, {name: count})
-    if where:
-        (tmp_path / where[1:]).mkdir(exist_ok=True)
-    with pytest.raises(InputError) as error:
-        inspect(f"folder:{tmp_path}", image_size=6)
-    assert str(error.value).startswith(f"{tmp_path}{where} = ")
 
 
 # ---------------------------------------------------------------------------------------- TFDS
@@ -499,6 +425,35 @@ def test_tfds_round_trip(data_dir, capfd):
         np.testing.assert_array_equal(split.images, images[ids])
         np.testing.assert_array_equal(split.labels, np.array(labels)[ids])
     assert capfd.readouterr() == ("", "")
+
+
+def test_tfds_fingerprint(data_dir):
+    options = {"data_dir": data_dir, "train_split": "train[3:]"}
+    before, smaller = (inspect("cifar10", image_size=size, **options) for size in (32, 20))
+    assert smaller.fingerprint == before.fingerprint
+    assert before.fingerprint == {
+        "kind": "tfds",
+        "images": {"train": 27, "test": 8},
+        "class_names": list(before.class_names),
+        "name": "cifar10",
+        "version": "3.0.2",
+        "splits": {"train": "train[3:]", "test": "test"},
+    }
+    whole = inspect("stl10", data_dir=data_dir).fingerprint
+    assert (whole["images"], whole["splits"]) == ({"train": 6, "test": 0}, {"train": "train"})
+
+
+def test_tfds_labels_need_no_pixels(tfds, data_dir, monkeypatch):
+    expected = load("cifar10", data_dir=data_dir, train_split="train[3:]").train.labels
+    prepared = prepare("cifar10", data_dir=data_dir, train_split="train[3:]")
+
+    def undecodable(*_):
+        raise OSError("an image was decoded")
+
+    monkeypatch.setattr(tfds.features.Image, "decode_example_np", undecodable)
+    assert prepared.train_labels().tolist() == expected.tolist()
+    with pytest.raises(InputError, match="an image was decoded"):
+        prepared.load()
 
 
 def test_tfds_slices_and_sizes(data_dir):

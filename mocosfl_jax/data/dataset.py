@@ -1,8 +1,8 @@
 """What a data set is, whatever its source, and what all sources share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from mocosfl_jax.randomness import Stream, host_rng
 
 Integer = TypeVar("Integer", bound=np.integer)
 
+HOLDOUT_FRACTION = 0.1  # of labelled images, where no fraction is set
+
 
 @dataclass(frozen=True)
 class DatasetInfo:
@@ -19,7 +21,9 @@ class DatasetInfo:
 
     name: the `dataset` string. num_train, num_test: images; num_test is 0 without a test split.
     image_size: side S of the stored square, pixels. num_classes: None if the train split has no
-    labels.
+    labels. class_names: one a class, or None where there are no names. fingerprint: what tells
+    this data set from another or a changed one (`fingerprint.difference`), ready for JSON; it
+    takes no part in comparisons. held_out: whether the test images were split off from the others.
     """
 
     name: str
@@ -27,6 +31,9 @@ class DatasetInfo:
     num_test: int
     image_size: int
     num_classes: int | None
+    class_names: tuple[str, ...] | None = None
+    fingerprint: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    held_out: bool = False
 
     @property
     def labelled(self) -> bool:
@@ -54,7 +61,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `inspect_dataset`; `location` is the `dataset` string without its scheme."""
+    """The arguments of `prepare_dataset`; `location` is the `dataset` string without its scheme."""
 
     dataset: str
     location: str
@@ -62,15 +69,26 @@ class Request:
     train_split: str | None
     test_split: str | None
     image_size: int | None
-    holdout_fraction: float
+    holdout_fraction: float | None
     seed: int
+
+    def fraction_held_out(self, labelled: bool) -> float:
+        """`holdout_fraction` if set, else 0 without labels, as nothing reads that test set."""
+        if self.holdout_fraction is not None:
+            return self.holdout_fraction
+        return HOLDOUT_FRACTION if labelled else 0.0
 
 
 class Prepared(NamedTuple):
-    """A data set that passed every check that needs no pixels. load: decodes the images."""
+    """A data set that passed every check that needs no pixels.
+
+    load: decodes the images. train_labels: the labels that `load` gives the train split, int32
+    (num_train,) or None, without decoding any image. Both raise `InputError` for broken files.
+    """
 
     info: DatasetInfo
     load: Callable[[], Dataset]
+    train_labels: Callable[[], NDArray[np.int32] | None]
 
 
 class Labels(NamedTuple):

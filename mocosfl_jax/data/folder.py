@@ -1,7 +1,10 @@
 """Image files in folders: `folder:PATH`."""
 
+import errno
 import os
-from collections.abc import Callable, Iterator
+import stat
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo, Prepared, Request, Split, hold_out
+from mocosfl_jax.data.fingerprint import fingerprint
 from mocosfl_jax.data.pixels import square_rgb
 from mocosfl_jax.errors import InputError
 
@@ -18,12 +22,20 @@ _TRAIN = "train"
 _TESTS = ("val", "validation", "test")  # the first that exists is the test split
 _ALLOWED = "an image file that Pillow can read is needed"
 _CHUNK = 64  # files that a thread takes at once
+_NAMED = 5  # bad files that an error names
+
+
+class _Picture(NamedTuple):
+    """An image file and its size in bytes."""
+
+    path: Path
+    num_bytes: int
 
 
 class _Files(NamedTuple):
-    """paths: the image files. labels: (n,) int32 or None. class_names: of the folders, or None."""
+    """pictures: of a split. labels: (n,) int32 or None. class_names: of the folders, or None."""
 
-    paths: list[Path]
+    pictures: list[_Picture]
     labels: NDArray[np.int32] | None
     class_names: tuple[str, ...] | None
 
@@ -33,55 +45,69 @@ def prepare(request: Request) -> Prepared:
 
     One of: PATH/train/<class>/... with PATH/val (else validation, else test)/<class>/...;
     PATH/<class>/...; or the same without class folders, which is a data set without labels. Without
-    a test folder, a part is held out. Images may lie deeper in a class folder. Hidden files and
-    files whose suffix is not one of Pillow's are ignored.
+    a test folder, a part is held out. Images may lie deeper in a class folder. Hidden files, files
+    whose suffix is not one of Pillow's, and all that is neither a regular file nor a link to one
+    are ignored.
 
     Raises:
         InputError: no image size, no images, images beside class folders, classes that differ
-            between train and test, a file that is no image.
+            between train and test, files that are no images.
     """
-    if request.image_size is None:
-        raise InputError(
-            "config.image_size",
-            None,
-            "the side of the stored squares is needed, e.g. 64",
-        )
-    root = Path(request.location).expanduser()
-    if not root.is_dir():
-        raise InputError("config.dataset", request.dataset, "an existing folder is needed")
+    size, root = _store_size(request), _root(request)
     try:
-        train, test = _find_splits(root, request)
+        train, test = _find_splits(root)
     except OSError as error:
         raise InputError(
             str(error.filename), error.strerror, "a readable folder is needed"
         ) from None
-    for _ in _in_threads(_check_header, train.paths + (test.paths if test else [])):
-        pass
-    size = request.image_size
+    listed = _fingerprint(root, train, test)  # before any are held out
+    held_out = test is None
+    if test is None:
+        train, test = _hold_out(train, root, request)
+    pictures, num_train = train.pictures + test.pictures, len(train.pictures)
+    _for_each(pictures, root, _check_header)
     info = DatasetInfo(
         name=request.dataset,
-        num_train=len(train.paths),
-        num_test=len(test.paths) if test else 0,
+        num_train=num_train,
+        num_test=len(test.pictures),
         image_size=size,
         num_classes=len(train.class_names) if train.class_names else None,
+        class_names=train.class_names,
+        fingerprint=listed,
+        held_out=held_out and len(test.pictures) > 0,
     )
 
     def load() -> Dataset:
-        test_split = _decode(test, size) if test else None
-        return Dataset(_decode(train, size), test_split, train.class_names, info)
+        images = _decode(pictures, root, size)
+        test_split = Split(images[num_train:], test.labels) if test.pictures else None
+        return Dataset(Split(images[:num_train], train.labels), test_split, train.class_names, info)
 
-    return Prepared(info, load)
+    return Prepared(info, load, lambda: train.labels)
 
 
-def _find_splits(root: Path, request: Request) -> tuple[_Files, _Files | None]:
+def _store_size(request: Request) -> int:
+    if request.image_size is None:
+        allowed = "the side of the stored squares is needed, e.g. 64"
+        raise InputError("config.image_size", None, allowed)
+    return request.image_size
+
+
+def _root(request: Request) -> Path:
+    root = Path(os.path.expanduser(request.location))
+    if not os.path.isdir(root):
+        raise InputError("config.dataset", request.dataset, "an existing folder is needed")
+    return root
+
+
+def _find_splits(root: Path) -> tuple[_Files, _Files | None]:
     names = {folder.name for folder in _folders(root)}
     _check_names(root, names)
     if _TRAIN not in names or not names <= {_TRAIN, *_TESTS}:
-        return _hold_out(_list(root), root, request)
+        return _list(root), None
     train = _list(root / _TRAIN)
     test_name = next((name for name in _TESTS if name in names), None)
     if test_name is None:
-        return _hold_out(train, root / _TRAIN, request)
+        return train, None
     test = _list(root / test_name)
     if train.class_names != test.class_names:
         differing = sorted(set(train.class_names or ()) ^ set(test.class_names or ()))
@@ -107,28 +133,40 @@ def _check_names(root: Path, names: set[str]) -> None:
         raise InputError(str(root / strays[0]), "a folder", allowed)
 
 
-def _hold_out(files: _Files, where: Path, request: Request) -> tuple[_Files, _Files | None]:
-    fraction, seed = request.holdout_fraction, request.seed
-    parts = hold_out(len(files.paths), files.labels, fraction, seed, str(where))
+def _fingerprint(root: Path, train: _Files, test: _Files | None) -> dict[str, Any]:
+    of_test = test.pictures if test else []
+    pictures = {_name(picture, root): picture.num_bytes for picture in train.pictures + of_test}
+    return fingerprint(
+        "folder", len(train.pictures), len(of_test), train.class_names, pictures=pictures
+    )
+
+
+def _name(picture: _Picture, root: Path) -> str:
+    return picture.path.relative_to(root).as_posix()
+
+
+def _hold_out(files: _Files, root: Path, request: Request) -> tuple[_Files, _Files]:
+    fraction = request.fraction_held_out(files.labels is not None)
+    parts = hold_out(len(files.pictures), files.labels, fraction, request.seed, str(root))
     train, test = (
         _Files(
-            [files.paths[i] for i in ids],
+            [files.pictures[i] for i in ids],
             None if files.labels is None else files.labels[ids],
             files.class_names,
         )
         for ids in parts
     )
-    return train, test if test.paths else None
+    return train, test
 
 
 def _list(root: Path) -> _Files:
     """The images of one split, by class and name."""
     folders = _folders(root)
-    loose = [path for path in sorted(root.iterdir()) if path.is_file() and _is_image(path.name)]
+    loose = _pictures(root.iterdir())
     if loose and folders:
         raise InputError(
             str(root),
-            f"{loose[0].name} beside the folder {folders[0].name}",
+            f"{loose[0].path.name} beside the folder {folders[0].name}",
             "either images or class folders are needed",
         )
     if loose:
@@ -137,16 +175,16 @@ def _list(root: Path) -> _Files:
         raise InputError(
             str(root), "no images", "images, or a folder of images a class, are needed"
         )
-    paths: list[Path] = []
+    pictures: list[_Picture] = []
     counts = []
     for folder in folders:
-        of_class = sorted(_walk(folder))
+        of_class = _pictures(_walk(folder))
         if not of_class:
             raise InputError(str(folder), "no images", "a class folder needs at least one image")
-        paths += of_class
+        pictures += of_class
         counts.append(len(of_class))
     labels = np.repeat(np.arange(len(folders), dtype=np.int32), counts)
-    return _Files(paths, labels, tuple(folder.name for folder in folders))
+    return _Files(pictures, labels, tuple(folder.name for folder in folders))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -159,45 +197,84 @@ def _walk(root: Path) -> Iterator[Path]:
 
     for folder, subfolders, names in os.walk(root, onerror=fail):
         subfolders[:] = [name for name in subfolders if name[0] != "."]
-        yield from (Path(folder, name) for name in names if _is_image(name))
+        yield from (Path(folder, name) for name in names)
 
 
-def _is_image(name: str) -> bool:
-    file_format = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return name[0] != "." and file_format in Image.OPEN
+def _pictures(paths: Iterable[Path]) -> list[_Picture]:
+    """The image files among the paths, sorted."""
+    sizes = ((path, _num_bytes(path)) for path in sorted(filter(_has_image_name, paths)))
+    return [_Picture(path, size) for path, size in sizes if size is not None]
 
 
-def _in_threads(work: Callable[[Path], Any], paths: list[Path]) -> Iterator[Any]:
-    """Applies `work` to each path, in order, on a pool of threads."""
-    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    with ThreadPoolExecutor() as pool:
-        for results in pool.map(lambda chunk: [work(path) for path in chunk], chunks):
-            yield from results
+def _has_image_name(path: Path) -> bool:
+    file_format = Image.registered_extensions().get(path.suffix.lower())
+    return path.name[0] != "." and file_format in Image.OPEN
 
 
-def _decode(files: _Files, size: int) -> Split:
-    images = np.empty((len(files.paths), size, size, 3), np.uint8)
-
-    def read(path: Path) -> NDArray[np.uint8]:
-        return _open(path, lambda image: square_rgb(image, size))
-
-    for target, image in zip(images, _in_threads(read, files.paths), strict=True):
-        target[...] = image
-    return Split(images, files.labels)
-
-
-def _check_header(path: Path) -> None:
-    def check(image: Image.Image) -> None:
-        if min(image.size) < 1:
-            raise ValueError(f"size {image.size}")
-
-    _open(path, check)
+def _num_bytes(path: Path) -> int | None:
+    """Size of a regular file; None for all else, as opening a FIFO would wait forever."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):  # a link that leads nowhere
+            return None
+        raise
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def _open(path: Path, use: Callable[[Image.Image], Any]) -> Any:
-    """use(image), any failure as an `InputError` that names the file."""
+def _decode(pictures: list[_Picture], root: Path, size: int) -> NDArray[np.uint8]:
+    images = np.empty((len(pictures), size, size, 3), np.uint8)
+
+    def store(place: int, picture: Image.Image) -> None:
+        images[place] = square_rgb(picture, size)
+
+    _for_each(pictures, root, store)
+    return images
+
+
+def _check_header(_: int, picture: Image.Image) -> None:
+    if min(picture.size) < 1:
+        raise ValueError(f"size {picture.size}")
+
+
+def _for_each(
+    pictures: list[_Picture], root: Path, use: Callable[[int, Image.Image], None]
+) -> None:
+    """Opens all pictures on a pool of threads and calls `use(place, image)`.
+
+    Raises: InputError: names those that fail, once all have been tried.
+    """
+
+    def attempt(places: range) -> list[tuple[int, str]]:
+        reasons = [(place, _failure(pictures[place].path, place, use)) for place in places]
+        return [(place, reason) for place, reason in reasons if reason is not None]
+
+    chunks = [
+        range(start, min(start + _CHUNK, len(pictures)))
+        for start in range(0, len(pictures), _CHUNK)
+    ]
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as many raise
+        failures = [failure for chunk in pool.map(attempt, chunks) for failure in chunk]
+    if failures:
+        raise _unreadable(sorted((pictures[place], reason) for place, reason in failures), root)
+
+
+def _failure(path: Path, place: int, use: Callable[[int, Image.Image], None]) -> str | None:
+    """Why the picture cannot be used; None if it can."""
     try:
         with Image.open(path) as image:
-            return use(image)
+            use(place, image)
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, struct.error, ...
-        raise InputError(str(path), str(error) or type(error).__name__, _ALLOWED) from None
+        return str(error) or type(error).__name__
+    return None
+
+
+def _unreadable(failures: list[tuple[_Picture, str]], root: Path) -> InputError:
+    picture, reason = failures[0]
+    if len(failures) == 1:
+        return InputError(str(picture.path), reason, _ALLOWED)
+    names = [_name(picture, root) for picture, _ in failures[:_NAMED]]
+    named = ", ".join(names if len(failures) <= _NAMED else [*names, "..."])
+    allowed = f"cannot be read ({named}); the first fails with: {reason}; {_ALLOWED}"
+    return InputError(str(root), f"{len(failures)} pictures", allowed)

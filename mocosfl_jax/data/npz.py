@@ -1,5 +1,7 @@
 """Arrays in one file: `npz:PATH`."""
 
+import math
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,28 +20,45 @@ from mocosfl_jax.data.dataset import (
     contiguous_labels,
     hold_out,
 )
+from mocosfl_jax.data.fingerprint import fingerprint
 from mocosfl_jax.data.pixels import square_arrays
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.machine import machine_memory_bytes
 
 T = TypeVar("T")
 
+_NAMES = ("x_train", "y_train", "x_test", "y_test")
+_SUFFIX = ".npy"
+
 
 class _Header(NamedTuple):
+    """shape, dtype: as the array says. num_bytes: of its data, and crc: as the zip file says."""
+
     shape: tuple[int, ...]
     dtype: np.dtype
+    num_bytes: int
+    crc: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.shape}, CRC {self.crc:08x}"
 
 
 class _File:
-    """An npz file whose every failure is an `InputError` that names it."""
+    """The arrays `_NAMES` of an npz file, whose every failure is an `InputError` that names it."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.headers: dict[str, _Header] = self._guard(self._read_headers)
+        self.members, self.headers = self._guard(self._read_headers)
 
     def array(self, name: str) -> NDArray[Any]:
+        """Raises: InputError: a broken file, or an array larger than the machine's memory."""
+        needed, machine = self.headers[name].num_bytes, machine_memory_bytes()
+        fits = needed <= machine
+        self.check(fits, name, f"{needed} bytes", f"the machine's memory has only {machine}")
+
         def read() -> NDArray[Any]:
-            with np.load(self.path, allow_pickle=False) as arrays:
-                return arrays[name]
+            with zipfile.ZipFile(self.path) as archive, archive.open(name + _SUFFIX) as stream:
+                return np.lib.format.read_array(stream, allow_pickle=False)
 
         return self._guard(read)
 
@@ -47,18 +66,22 @@ class _File:
         if not holds:
             raise InputError(f"{self.path}[{name}]", found, allowed)
 
-    def _read_headers(self) -> dict[str, _Header]:
-        """Shape and dtype of each array, from the first bytes of each member."""
-        headers = {}
+    def check_length(self, name: str) -> None:
+        """Raises: InputError: the header promises another number of bytes than there are."""
+        header = self.headers[name]
+        promised = math.prod(header.shape) * header.dtype.itemsize
+        allowed = f"a header that fits the {header.num_bytes} bytes of the array is needed"
+        found = f"{header.dtype} {header.shape}"
+        self.check(promised == header.num_bytes, name, found, allowed)
+
+    def _read_headers(self) -> tuple[list[str], dict[str, _Header]]:
+        """Names of all arrays; of those that are read, the header."""
+        if self.path.exists() and not self.path.is_file():  # a pipe would keep us waiting
+            raise ValueError("no file")
         with zipfile.ZipFile(self.path) as archive:
-            for member in archive.namelist():
-                with archive.open(member) as stream:
-                    if np.lib.format.read_magic(stream) == (1, 0):
-                        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-                    else:
-                        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-                headers[member.removesuffix(".npy")] = _Header(shape, dtype)
-        return headers
+            members = [name for name in archive.namelist() if name.endswith(_SUFFIX)]
+            names = [member.removesuffix(_SUFFIX) for member in members]
+            return names, {name: _read_header(archive, name) for name in _NAMES if name in names}
 
     def _guard(self, read: Callable[[], T]) -> T:
         try:
@@ -68,18 +91,30 @@ class _File:
             raise InputError(str(self.path), reason, "an intact npz file is needed") from None
 
 
+def _read_header(archive: zipfile.ZipFile, name: str) -> _Header:
+    """From the first bytes of the member and the table of the zip file."""
+    member = archive.getinfo(name + _SUFFIX)
+    with archive.open(member) as stream:
+        if np.lib.format.read_magic(stream) == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+        return _Header(shape, dtype, member.file_size - stream.tell(), member.CRC)
+
+
 def prepare(request: Request) -> Prepared:
     """Checks shapes and dtypes from the headers, and reads the labels.
 
     The file holds x_train and, each optional, y_train, x_test and y_test. Labels are any integers
-    from 0; they are mapped to 0, 1, ... in their order. Without x_test, a part is held out. Other
-    arrays are ignored.
+    from 0; they are mapped to 0, 1, ... in their order. Without x_test, a part is held out. All
+    else in the file is ignored.
 
     Raises:
-        InputError: not an npz file, no x_train, a wrong shape, dtype, length or label; images of
-            two sizes, unless `image_size` is set.
+        InputError: not an npz file, no x_train, a wrong shape, dtype, length or label, a header
+            that does not fit its data, labels that do not fit memory; images of two sizes, unless
+            `image_size` is set.
     """
-    file = _File(Path(request.location).expanduser())
+    file = _File(Path(os.path.expanduser(request.location)))
     _check_images(file, "x_train")
     has_test = "x_test" in file.headers
     if has_test:
@@ -94,20 +129,31 @@ def _prepare_checked(
     file: _File, labels: Labels, has_test: bool, size: int, request: Request
 ) -> Prepared:
     num_train = file.headers["x_train"].shape[0]
-    fraction = 0.0 if has_test else request.holdout_fraction
+    fraction = 0.0 if has_test else request.fraction_held_out(labels.train is not None)
     train_ids, test_ids = hold_out(num_train, labels.train, fraction, request.seed, str(file.path))
-    num_test = file.headers["x_test"].shape[0] if has_test else len(test_ids)
-    info = DatasetInfo(request.dataset, len(train_ids), num_test, size, labels.num_classes)
+    stored_test = file.headers["x_test"].shape[0] if has_test else 0
+    arrays = {name: str(header) for name, header in file.headers.items()}
+    info = DatasetInfo(
+        name=request.dataset,
+        num_train=len(train_ids),
+        num_test=stored_test or len(test_ids),
+        image_size=size,
+        num_classes=labels.num_classes,
+        class_names=labels.class_names,
+        fingerprint=fingerprint("npz", num_train, stored_test, labels.class_names, arrays=arrays),
+        held_out=len(test_ids) > 0,
+    )
 
     def load() -> Dataset:
         train, test = Split(square_arrays(file.array("x_train"), size), labels.train), None
         if has_test:
             test = Split(square_arrays(file.array("x_test"), size), labels.test)
-        elif num_test:
+        elif len(test_ids):
             train, test = _part(train, train_ids), _part(train, test_ids)
         return Dataset(train, test, labels.class_names, info)
 
-    return Prepared(info, load)
+    train_labels = None if labels.train is None else labels.train[train_ids]
+    return Prepared(info, load, lambda: train_labels)
 
 
 def _part(split: Split, ids: NDArray[np.int64]) -> Split:
@@ -128,23 +174,23 @@ def _store_size(file: _File, request: Request) -> int:
 
 
 def _check_images(file: _File, name: str) -> None:
-    file.check(
-        name in file.headers, name, None, f"this array is needed; found {list(file.headers)}"
-    )
-    shape, dtype = file.headers[name]
+    file.check(name in file.headers, name, None, f"this array is needed; found {file.members}")
+    shape, dtype = file.headers[name].shape, file.headers[name].dtype
     file.check(dtype == np.uint8, name, str(dtype), "dtype uint8 is needed")
     holds = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
     allowed = "shape (n, h, w, 3), (n, h, w, 1) or (n, h, w), all above 0, is needed"
     file.check(holds and min(shape) > 0, name, shape, allowed)
+    file.check_length(name)
 
 
 def _read_labels(file: _File, split: str) -> NDArray[np.integer] | None:
     name, images = f"y_{split}", f"x_{split}"
     if name not in file.headers:
         return None
-    shape, dtype = file.headers[name]
+    shape, dtype = file.headers[name].shape, file.headers[name].dtype
     file.check(images in file.headers, name, shape, f"labels without images: {images} is needed")
     file.check(np.issubdtype(dtype, np.integer), name, str(dtype), "integers are needed")
     length = file.headers[images].shape[0]
     file.check(shape == (length,), name, shape, f"shape ({length},) is needed, one label an image")
+    file.check_length(name)
     return file.array(name)

@@ -26,6 +26,10 @@ class ClientImages(Protocol):
     def sizes(self) -> NDArray[np.int64]:
         """(N,) int64, images of each client."""
 
+    @property
+    def num_holders(self) -> int:
+        """Clients that have images."""
+
     def client(self, client_id: int) -> NDArray[np.int32]:
         """Image ids of a client, (images of the client,) int32.
 
@@ -52,6 +56,11 @@ class Partition:
     def sizes(self) -> NDArray[np.int64]:
         """(N,) int64, images of each client."""
         return np.diff(self.offsets)
+
+    @property
+    def num_holders(self) -> int:
+        """Clients that have images."""
+        return int(np.count_nonzero(self.sizes))
 
     @cached_property
     def owners(self) -> NDArray[np.int32]:
@@ -105,6 +114,10 @@ class SharedImages:
     def sizes(self) -> NDArray[np.int64]:
         return np.broadcast_to(np.int64(self.images_per_client), (self.num_clients,))
 
+    @property
+    def num_holders(self) -> int:
+        return self.num_clients
+
     def client(self, client_id: int) -> NDArray[np.int32]:
         _check_id(client_id, self.num_clients)
         rng = host_rng(self.seed, Stream.PARTITION, client_id)
@@ -147,7 +160,7 @@ def iid(num_images: int, num_clients: int, seed: int) -> Partition:
 
     Raises: InputError: more clients than images.
     """
-    _check_clients(num_clients, num_images)
+    check_clients(num_clients, num_images)
     indices = host_rng(seed, Stream.PARTITION).permutation(num_images)
     return Partition(_even_cuts(num_images, num_clients), indices.astype(np.int32))
 
@@ -172,19 +185,14 @@ def by_classes(
     """
     labels = _check_labels(labels, "config.classes_per_client", classes_per_client)
     num_images = len(labels)
-    _check_clients(num_clients, num_images)
+    check_clients(num_clients, num_images)
     num_classes = len(np.unique(labels))
     if not 1 <= classes_per_client <= num_classes:
         raise InputError(
             "config.classes_per_client", classes_per_client, f"there are {num_classes} classes"
         )
+    check_shards(num_clients, classes_per_client, num_images)
     num_shards = num_clients * classes_per_client
-    if num_shards > num_images:
-        raise InputError(
-            "config.classes_per_client",
-            classes_per_client,
-            f"{num_clients} clients * {classes_per_client} shards exceed {num_images} images",
-        )
     rng = host_rng(seed, Stream.PARTITION)
     sorted_ids = _sort_by_label(labels, rng)
     cuts = _even_cuts(num_images, num_shards)
@@ -214,7 +222,7 @@ def dirichlet(
         InputError: no labels, more clients than images, alpha not above 0.
     """
     labels = _check_labels(labels, "config.dirichlet_alpha", alpha)
-    _check_clients(num_clients, len(labels))
+    check_clients(num_clients, len(labels))
     if not 0 < alpha < np.inf:
         raise InputError("config.dirichlet_alpha", alpha, "a finite number above 0 is needed")
     rng = host_rng(seed, Stream.PARTITION)
@@ -270,6 +278,23 @@ def describe(
     return facts
 
 
+def check_clients(num_clients: int, num_images: int) -> None:
+    """Raises: InputError: more clients than images, where no image belongs to two clients."""
+    if not 1 <= num_clients <= num_images:
+        allowed = f"at most one client an image: 1 to {num_images}, or set config.images_per_client"
+        raise InputError("config.num_clients", num_clients, allowed)
+
+
+def check_shards(num_clients: int, classes_per_client: int, num_images: int) -> None:
+    """Raises: InputError: more shards than images, where no image belongs to two clients."""
+    if num_clients * classes_per_client > num_images:
+        raise InputError(
+            "config.classes_per_client",
+            classes_per_client,
+            f"{num_clients} clients * {classes_per_client} shards exceed {num_images} images",
+        )
+
+
 def _cells(
     partition: Partition, labels: NDArray[np.integer], num_classes: int
 ) -> NDArray[np.int64]:
@@ -286,13 +311,6 @@ def _sort_by_label(labels: NDArray[np.integer], rng: np.random.Generator) -> NDA
     """Image ids by label, in random order within a label."""
     shuffled = rng.permutation(len(labels)).astype(np.int32)
     return shuffled[np.argsort(labels[shuffled], kind="stable")]
-
-
-def _check_clients(num_clients: int, num_images: int) -> None:
-    if not 1 <= num_clients <= num_images:
-        raise InputError(
-            "config.num_clients", num_clients, f"at most one client an image: 1 to {num_images}"
-        )
 
 
 def _check_id(client_id: int, num_clients: int) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+_MAX_ASPECT = 50
 _TOO_DEEP = "an image of 8 or 16 bits a channel is needed"
 
 
@@ -11,7 +12,8 @@ def square_rgb(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """Turns an image upright, to 8-bit RGB, its short side to `size`, and crops its centre.
 
     As torchvision's `Resize(size, BICUBIC)` and `CenterCrop(size)`, antialiased. Transparency is
-    dropped, of 16 bits the upper 8 are kept, and the EXIF orientation is applied.
+    dropped, of 16 bits the upper 8 are kept, and the EXIF orientation is applied. Where the long
+    side exceeds 50 short ones, only the central part of that length is resized: memory is bounded.
 
     Args:
         image: any Pillow image.
@@ -24,6 +26,7 @@ def square_rgb(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """
     image = _rgb(ImageOps.exif_transpose(image))
     if image.size != (size, size):
+        image = _central_part(image)
         short = min(image.size)
         width, height = (size * side // short for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -64,3 +67,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _central_part(image: Image.Image) -> Image.Image:
+    """The image, cut to about 50 short sides if it is longer."""
+    longest = _MAX_ASPECT * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    # As many pixels at both ends: the centre stays where it is.
+    left, top = (max(0, side - longest) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))

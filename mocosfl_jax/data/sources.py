@@ -10,7 +10,18 @@ from mocosfl_jax.data.dataset import Dataset, DatasetInfo, Prepared, Request, Sp
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.machine import machine_memory_bytes
 
-__all__ = ["Dataset", "DatasetInfo", "Split", "channel_stats", "inspect_dataset", "load_dataset"]
+__all__ = [
+    "Dataset",
+    "DatasetInfo",
+    "Options",
+    "Prepared",
+    "Split",
+    "channel_stats",
+    "check_memory",
+    "inspect_dataset",
+    "load_dataset",
+    "prepare_dataset",
+]
 
 
 class Options(TypedDict):
@@ -20,11 +31,12 @@ class Options(TypedDict):
     train_split: str | None  # TFDS only; slices allowed (`train[:5000]`); None: `train`
     test_split: str | None  # TFDS only; None: `test`, else `validation`
     image_size: int | None  # side S of the stored square, pixels; None: the images' own short side
-    holdout_fraction: float  # of a folder or npz without a test split, in [0, 1); 0: no test split
+    # of a folder or npz without a test split, in [0, 1); None: 0.1 with labels, else no test split
+    holdout_fraction: float | None
     seed: int  # of the hold-out
 
 
-def inspect_dataset(dataset: str, **options: Unpack[Options]) -> DatasetInfo:
+def prepare_dataset(dataset: str, **options: Unpack[Options]) -> Prepared:
     """Checks everything that can be checked without decoding an image's pixels.
 
     Args:
@@ -32,37 +44,40 @@ def inspect_dataset(dataset: str, **options: Unpack[Options]) -> DatasetInfo:
             `npz:PATH` (`npz.prepare`), or the name of a prepared TFDS data set (`tfds.prepare`).
         **options: see `Options`.
 
+    Returns: what is known, and how to read the rest. `load` resizes images of another size by
+        their short side and crops their centre (`pixels.square_rgb`); it raises `InputError` for
+        an image that cannot be decoded, or more than fits memory.
+
     Raises:
         InputError: names the field or file that cannot be used.
     """
-    return _prepare(dataset, options).info
-
-
-def load_dataset(dataset: str, **options: Unpack[Options]) -> Dataset:
-    """Reads a data set into memory; arguments and checks of `inspect_dataset`.
-
-    Images of another size are resized by their short side and centre-cropped (`pixels.square_rgb`).
-
-    Raises:
-        InputError: as `inspect_dataset`, an image that cannot be decoded, or more than fits memory.
-    """
-    prepared = _prepare(dataset, options)
-    _check_memory(prepared.info)
-    return prepared.load()
-
-
-def _prepare(dataset: str, options: Options) -> Prepared:
     scheme, _, path = dataset.partition(":")
     is_file = scheme in ("folder", "npz")
     request = Request(dataset=dataset, location=path if is_file else dataset, **options)
     is_tfds = not is_file and dataset != "synthetic"
     _check(request, is_tfds)
-    if is_tfds:
-        return tfds.prepare(request)
-    return {"folder": folder, "npz": npz, "synthetic": synthetic}[scheme].prepare(request)
+    sources = {"folder": folder, "npz": npz, "synthetic": synthetic}
+    prepared = (tfds if is_tfds else sources[scheme]).prepare(request)
+
+    def load() -> Dataset:
+        check_memory(prepared.info)
+        return prepared.load()
+
+    return prepared._replace(load=load)
 
 
-def _check_memory(info: DatasetInfo) -> None:
+def inspect_dataset(dataset: str, **options: Unpack[Options]) -> DatasetInfo:
+    """`prepare_dataset(...).info`."""
+    return prepare_dataset(dataset, **options).info
+
+
+def load_dataset(dataset: str, **options: Unpack[Options]) -> Dataset:
+    """`prepare_dataset(...).load()`."""
+    return prepare_dataset(dataset, **options).load()
+
+
+def check_memory(info: DatasetInfo) -> None:
+    """Raises: InputError: the decoded images take more than the machine's memory."""
     number, size = info.num_train + info.num_test, info.image_size
     needed, machine = number * size**2 * 3, machine_memory_bytes()
     if needed > machine:
@@ -75,9 +90,10 @@ def _check(request: Request, is_tfds: bool) -> None:
         raise InputError("config.dataset", request.dataset, "a name, or folder:PATH, or npz:PATH")
     if request.image_size is not None and request.image_size < 1:
         raise InputError("config.image_size", request.image_size, "at least 1 pixel is needed")
-    if not 0 <= request.holdout_fraction < 1:
-        allowed = "a number in [0, 1) is needed"
-        raise InputError("config.holdout_fraction", request.holdout_fraction, allowed)
+    fraction = request.holdout_fraction
+    if fraction is not None and not 0 <= fraction < 1:
+        allowed = "a number in [0, 1), or None for the rule, is needed"
+        raise InputError("config.holdout_fraction", fraction, allowed)
     for field in ("train_split", "test_split"):
         value = getattr(request, field)
         if value is not None and not is_tfds:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo, Prepared, Request, Split
+from mocosfl_jax.data.fingerprint import fingerprint
 from mocosfl_jax.randomness import Stream, host_rng
 
 NUM_TRAIN = 10_000
@@ -46,13 +47,21 @@ _BATCH = 100  # images drawn at once: their arrays fit the cache
 def prepare(request: Request) -> Prepared:
     """The data set at `image_size`, or at 32 pixels."""
     size = request.image_size or SIZE
-    info = DatasetInfo(request.dataset, NUM_TRAIN, NUM_TEST, size, len(CLASS_NAMES))
+    info = DatasetInfo(
+        name=request.dataset,
+        num_train=NUM_TRAIN,
+        num_test=NUM_TEST,
+        image_size=size,
+        num_classes=len(CLASS_NAMES),
+        class_names=CLASS_NAMES,
+        fingerprint=fingerprint("synthetic", NUM_TRAIN, NUM_TEST, CLASS_NAMES),
+    )
 
     def load() -> Dataset:
         train, test = (Split(*synthetic_split(name, size)) for name in ("train", "test"))
         return Dataset(train, test, CLASS_NAMES, info)
 
-    return Prepared(info, load)
+    return Prepared(info, load, lambda: _labels(NUM_TRAIN))
 
 
 def synthetic_split(split: str, size: int = SIZE) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
@@ -69,14 +78,17 @@ def synthetic_split(split: str, size: int = SIZE) -> tuple[NDArray[np.uint8], ND
     split_id = ("train", "test").index(split)
     scene_rng = host_rng(_SEED, Stream.DATASET, split_id, 0)
     noise_rng = host_rng(_SEED, Stream.DATASET, split_id, 1)
-    labels = np.arange(num_images, dtype=np.int32) % len(CLASS_NAMES)
     images = np.empty((num_images, size, size, 3), np.uint8)
     for class_id, motif in enumerate(_MOTIFS):
         of_class = images[class_id :: len(CLASS_NAMES)]
         for start in range(0, len(of_class), _BATCH):
             batch = of_class[start : start + _BATCH]
             batch[...] = _draw(_random_scenes(scene_rng, len(batch)), motif, size, noise_rng)
-    return images, labels
+    return images, _labels(num_images)
+
+
+def _labels(num_images: int) -> NDArray[np.int32]:
+    return np.arange(num_images, dtype=np.int32) % len(CLASS_NAMES)
 
 
 # ------------------------------------------------------------------------------------- motifs

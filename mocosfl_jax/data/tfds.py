@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo, Prepared, Request, Split, known_labels
+from mocosfl_jax.data.fingerprint import fingerprint
 from mocosfl_jax.data.pixels import square_arrays
 from mocosfl_jax.errors import InputError
 
@@ -24,20 +25,43 @@ _BATCH = 500  # records decoded at once
 class _Part(NamedTuple):
     """A split as TFDS names it, such as `train[:5000]`.
 
-    source: its records, in their order. num_records: how many. folder: where its files lie.
+    source: its records, in their order. undecoded: the same, their images still compressed.
+    num_records: how many. folder: where its files lie.
     """
 
     name: str
     source: Any
+    undecoded: Any
     num_records: int
     folder: str
     image_key: str
     label_key: str | None
 
-    def records(self, ids: range) -> list[dict[str, Any]]:
-        """Raises: InputError: files that are missing or broken."""
+    def batches(self, source: Any) -> Iterator[list[dict[str, Any]]]:
+        """All records of one of the two sources.
+
+        Raises: InputError: files that are missing or broken.
+        """
+        for start in range(0, self.num_records, _BATCH):
+            yield self._records(source, range(start, min(start + _BATCH, self.num_records)))
+
+    def first_label(self) -> int:
+        """-1 if the data set has no classes. Opens the files.
+
+        Raises: InputError: files that are missing or broken.
+        """
+        return self.labels_of(self._records(self.source, range(1)))[0]
+
+    def labels_of(self, records: list[dict[str, Any]]) -> list[int]:
+        key = self.label_key
+        return [-1 if key is None else int(record[key]) for record in records]
+
+    def known(self, labels: list[int]) -> NDArray[np.int32] | None:
+        return known_labels(np.array(labels, np.int32), f"labels of {self.name}")
+
+    def _records(self, source: Any, ids: range) -> list[dict[str, Any]]:
         try:
-            return self.source.__getitems__(ids)
+            return source.__getitems__(ids)
         except Exception as error:  # RuntimeError of ArrayRecord, any of the image decoders
             reason = str(error) or type(error).__name__
             allowed = "intact files are needed: delete the folder and prepare the data set again"
@@ -59,25 +83,44 @@ def prepare(request: Request) -> Prepared:
         builder = _find_builder(request)
         image_key, label_key = _keys(builder, request)
         parts = [
-            _Part(name, *_open(builder, name, field, request), image_key, label_key)
+            _open(builder, name, field, request, image_key, label_key)
             for name, field in _split_names(builder, request)
         ]
-        first_labels = [_first_label(part) for part in parts]  # opens the files of each split
+        first_labels = [part.first_label() for part in parts]
     classes = builder.info.features[label_key] if first_labels[0] >= 0 else None
+    class_names = tuple(classes.names) if classes else None
     info = DatasetInfo(
         name=request.dataset,
         num_train=parts[0].num_records,
         num_test=parts[1].num_records if len(parts) > 1 else 0,
         image_size=_store_size(builder.info.features[image_key].shape, request),
         num_classes=classes.num_classes if classes else None,
+        class_names=class_names,
+        fingerprint=_fingerprint(builder, parts, class_names),
     )
 
     def load() -> Dataset:
         splits = [_read(part, info.image_size) for part in parts]
         test = splits[1] if len(splits) > 1 else None
-        return Dataset(splits[0], test, tuple(classes.names) if classes else None, info)
+        return Dataset(splits[0], test, class_names, info)
 
-    return Prepared(info, load)
+    return Prepared(info, load, lambda: _read_labels(parts[0]))
+
+
+def _fingerprint(
+    builder: Any, parts: list[_Part], class_names: tuple[str, ...] | None
+) -> dict[str, Any]:
+    config = builder.builder_config
+    counts = [part.num_records for part in parts] + [0]
+    return fingerprint(
+        "tfds",
+        counts[0],
+        counts[1],
+        class_names,
+        name=f"{builder.name}/{config.name}" if config else builder.name,
+        version=str(builder.version),
+        splits=dict(zip(("train", "test"), (part.name for part in parts), strict=False)),
+    )
 
 
 def _import() -> ModuleType:
@@ -163,8 +206,9 @@ def _split_names(builder: Any, request: Request) -> list[tuple[str, str]]:
     return splits + ([(test, "config.test_split")] if test else [])
 
 
-def _open(builder: Any, split: str, field: str, request: Request) -> tuple[Any, int, str]:
-    """Records of a split, their number and their folder."""
+def _open(
+    builder: Any, split: str, field: str, request: Request, image_key: str, label_key: str | None
+) -> _Part:
     try:
         count = builder.info.splits[split].num_examples
     except (KeyError, ValueError):
@@ -173,20 +217,18 @@ def _open(builder: Any, split: str, field: str, request: Request) -> tuple[Any, 
         names = ", ".join(builder.info.splits)
         allowed = f"a split of {names}, or a slice of one that is not empty, is needed"
         raise InputError(field, split, allowed)
+    skip = {image_key: _import().decode.SkipDecoding()}
     try:
-        return builder.as_data_source(split=split), count, str(builder.data_dir)
+        source, undecoded = (
+            builder.as_data_source(split=split, decoders=decoders) for decoders in (None, skip)
+        )
     except NotImplementedError:
         allowed = (
             f"in {builder.data_dir} are no array_record files; with another config.data_dir, "
             "prepare it as array_record"
         )
         raise InputError("config.dataset", request.dataset, allowed) from None
-
-
-def _first_label(part: _Part) -> int:
-    """Label of the first record; -1 if the data set has no classes."""
-    record = part.records(range(1))[0]
-    return -1 if part.label_key is None else int(record[part.label_key])
+    return _Part(split, source, undecoded, count, str(builder.data_dir), image_key, label_key)
 
 
 def _store_size(shape: tuple[int | None, ...], request: Request) -> int:
@@ -201,16 +243,20 @@ def _store_size(shape: tuple[int | None, ...], request: Request) -> int:
 
 
 def _read(part: _Part, size: int) -> Split:
-    count = part.num_records
-    images = np.empty((count, size, size, 3), np.uint8)
-    labels = np.full(count, -1, np.int32)
-    for start in range(0, count, _BATCH):
-        records = part.records(range(start, min(start + _BATCH, count)))
-        images[start : start + len(records)] = _squares([r[part.image_key] for r in records], size)
-        if part.label_key is not None:
-            labels[start : start + len(records)] = [r[part.label_key] for r in records]
-    known = known_labels(labels, f"labels of {part.name}")
-    return Split(images, known)
+    images = np.empty((part.num_records, size, size, 3), np.uint8)
+    labels: list[int] = []
+    for records in part.batches(part.source):
+        squares = _squares([record[part.image_key] for record in records], size)
+        images[len(labels) : len(labels) + len(records)] = squares
+        labels += part.labels_of(records)
+    return Split(images, part.known(labels))
+
+
+def _read_labels(part: _Part) -> NDArray[np.int32] | None:
+    if part.label_key is None:
+        return None
+    batches = part.batches(part.undecoded)
+    return part.known([label for records in batches for label in part.labels_of(records)])
 
 
 def _squares(images: list[NDArray[np.uint8]], size: int) -> NDArray[np.uint8]:
