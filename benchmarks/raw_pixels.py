@@ -3,12 +3,12 @@
     python -m benchmarks.raw_pixels --config configs/cifar10_cpu.py
 
 Takes the data set, the number of neighbours and the probe's fields from the config, so that the
-figures stand beside those of a run. Pixels are normalised per channel as the encoder's inputs are.
+figures stand beside those of a run. Pixels are normalised per channel as the encoder's inputs are,
+and images reduced to at most 32x32.
 """
 
 import sys
 
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
@@ -17,36 +17,38 @@ from mocosfl_jax.config import Config, check_types
 from mocosfl_jax.data.dataset import channel_stats
 from mocosfl_jax.data.sources import inspect_dataset, load_dataset
 from mocosfl_jax.evaluation.protocols import (
+    EvaluationData,
     Features,
     LabelledImages,
     Splits,
     evaluation_data,
-    knn_monitor,
     probe,
 )
+from mocosfl_jax.evaluation.raw_pixels import raw_pixel_features, raw_pixel_top1
 from mocosfl_jax.resolve import resolve
 
 
-def raw_splits(train: LabelledImages, test: LabelledImages) -> Splits:
-    """Both splits as flat vectors of normalised pixels."""
-    mean, std = channel_stats(train.images)
+def measure(config: Config, data: EvaluationData) -> dict[str, float]:
+    """Top-1 in percent of both protocols."""
+    mean, std = (tuple(map(float, values)) for values in channel_stats(data.train.images))
 
     def flat(split: LabelledImages) -> Features:
-        pixels = ((split.images / np.float32(255) - mean) / std).astype(np.float32)
-        rows = pixels.reshape(len(pixels), -1)
+        rows = raw_pixel_features(split.images, mean, std, config.eval_batch_size)
         return Features(features=rows, embedding=rows, labels=split.labels)
 
-    return Splits(flat(train), flat(test))
-
-
-def measure(config: Config) -> dict[str, float]:
-    """Top-1 in percent of both protocols."""
-    data = evaluation_data(load_dataset(config.dataset, **data_options(config)))
-    if isinstance(data, str):
-        raise SystemExit(f"config.dataset = {config.dataset!r}: {data}")
-    splits = raw_splits(data.train, data.test)
+    knn_top1 = raw_pixel_top1(
+        *data.test,
+        *data.train,
+        data.num_classes,
+        mean=mean,
+        std=std,
+        k=config.knn_k,
+        temperature=config.knn_temperature,
+        batch_size=config.eval_batch_size,
+    )
+    splits = Splits(flat(data.train), flat(data.test))
     return {
-        "knn_top1": knn_monitor(config, splits, data.num_classes),
+        "knn_top1": knn_top1,
         "linear_top1": probe(config, splits, data.num_classes).top1_last,
     }
 
@@ -57,7 +59,10 @@ def main() -> None:
     values(sys.argv)
     config = check_types(values.config)
     config = resolve(config, inspect_dataset(config.dataset, **data_options(config)))
-    for name, value in measure(config).items():
+    data = evaluation_data(load_dataset(config.dataset, **data_options(config)))
+    if isinstance(data, str):
+        raise SystemExit(f"config.dataset = {config.dataset!r}: {data}")
+    for name, value in measure(config, data).items():
         print(f"{name}: {value:.2f}")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.evaluation import features
 from mocosfl_jax.evaluation.features import check_labelled, encode
 
 MEAN, STD = (0.1, 0.4, 0.7), (0.2, 0.3, 0.5)
@@ -44,6 +45,40 @@ def test_encode_traces_once_for_all_sizes_calls_and_params():
     for n, scale in ((7, 1.0), (4, 2.0), (2, 3.0)):
         encode(counted, weight() * scale, images(n), MEAN, STD, batch_size=4)
     assert traced == [((4, 4, 5, 3), jnp.float32)]
+
+
+@pytest.mark.parametrize(
+    "n, batch_size, rows",
+    [(1, 10**6, 1), (5, 10**6, 8), (5, 6, 6), (129, 10**6, 256), (301, 10**6, 301), (301, 7, 7)],
+)
+def test_encode_pads_to_no_more_rows_than_images_need(n, batch_size, rows):
+    traced = []
+
+    def counted(params, images_BHWC):
+        traced.append(len(images_BHWC))
+        return apply_fn(params, images_BHWC)
+
+    assert len(encode(counted, weight(), images(n), MEAN, STD, batch_size)["row"]) == n
+    assert traced == [rows]
+
+
+def test_encode_asks_before_each_batch_and_launches_nothing_after_a_stop(monkeypatch):
+    events = []
+    launch = features._encode_batch
+
+    def logged(*args):
+        events.append("launch")
+        return launch(*args)
+
+    def ask():
+        events.append("ask")
+        if len(events) > 4:
+            raise InterruptedError
+
+    monkeypatch.setattr(features, "_encode_batch", logged)
+    with pytest.raises(InterruptedError):
+        encode(apply_fn, weight(), images(11), MEAN, STD, 3, before_batch=ask)
+    assert events == ["ask", "launch", "ask", "launch", "ask"]
 
 
 def test_encode_uses_the_params_of_the_call():

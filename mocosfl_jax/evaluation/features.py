@@ -14,6 +14,9 @@ from mocosfl_jax.placement import Placement, single_device
 PyTree = Any
 ApplyFn = Callable[[PyTree, jax.Array], PyTree]
 
+_FEW = (1, 8, 32, 128, 256)
+"""Rows that a small number of images is padded to: each size is compiled once."""
+
 
 def encode(
     apply_fn: ApplyFn,
@@ -23,24 +26,29 @@ def encode(
     std: Sequence[float],
     batch_size: int,
     placement: Placement | None = None,
+    before_batch: Callable[[], None] | None = None,
 ) -> PyTree:
     """Runs a frozen encoder over unaugmented images, in order.
 
     Images travel to the device as uint8 and are normalised there: (image / 255 - mean) / std. All
-    batches have `batch_size` rows (the last one is padded), so `apply_fn` is traced once for an
-    image shape and batch size, however many images and calls there are. That holds while
-    `apply_fn` is the same object: pass a module-level function or the `apply` of one model object,
-    not a lambda made anew for each call.
+    batches have the same number of rows, the last one padded: `batch_size`, or the number of images
+    where that is smaller; a number up to 256 counts as the next of 1, 8, 32, 128 and 256. So
+    `apply_fn` is traced once for an image shape and batch size, and only a few times more for small
+    numbers of images, however many calls there are. That holds while `apply_fn` is the same object:
+    pass a module-level function or the `apply` of one model object, not a lambda made anew for each
+    call.
 
     Args:
-      apply_fn: (params, float32 images (batch_size, H, W, channels)) to a pytree of arrays
-        (batch_size, ...). No row may influence another (a batch norm uses running statistics).
+      apply_fn: (params, float32 images (rows, H, W, channels)) to a pytree of arrays (rows, ...).
+        No row may influence another (a batch norm uses running statistics).
       params: the encoder's variables, any pytree of arrays.
       images_nHWC: uint8 (n, H, W, channels), n >= 1.
       mean: of each channel, for pixels in [0, 1].
       std: of each channel, positive.
-      batch_size: rows a call, >= 1; rounded up to fill all devices.
+      batch_size: most rows a call, >= 1; rounded up to fill all devices.
       placement: of the devices that share the rows of a batch; None: the first one.
+      before_batch: called before each batch is launched; what it raises ends the work, and nothing
+        more is launched.
 
     Returns:
       The pytree of `apply_fn` with NumPy leaves (n, ...).
@@ -53,9 +61,11 @@ def encode(
     mean_C, std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     placement = placement or single_device()
     params = jax.device_put(params) if placement.devices == 1 else params
-    batch_size = -(-batch_size // placement.devices) * placement.devices
+    rows_a_call = _rows_a_call(len(images_nHWC), batch_size, placement.devices)
     chunks, running = [], None
-    for images_BHWC in _padded_batches(images_nHWC, batch_size):
+    for images_BHWC in _padded_batches(images_nHWC, rows_a_call):
+        if before_batch is not None:
+            before_batch()
         rows = placement.put_array(images_BHWC, placement.rows())
         launched = _encode_batch(apply_fn, placement, params, rows, mean_C, std_C)
         if running is not None:  # fetched only now, so that two batches at most are on the device
@@ -101,6 +111,12 @@ def _encode_batch(apply_fn: ApplyFn, placement: Placement, params: PyTree, *arra
         rows, mesh=placement.mesh, in_specs=(whole, split, whole, whole), out_specs=split
     )
     return jax.lax.with_sharding_constraint(spread(params, *arrays), placement.whole)
+
+
+def _rows_a_call(number: int, batch_size: int, devices: int) -> int:
+    """Rows of a batch: `batch_size`, fewer for few images, rounded up to fill all devices."""
+    needed = next((few for few in _FEW if few >= number), number)
+    return -(-min(batch_size, needed) // devices) * devices
 
 
 def _padded_batches(images_nHWC: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

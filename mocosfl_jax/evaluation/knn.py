@@ -17,6 +17,9 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.features import check_labelled
 from mocosfl_jax.placement import Placement, single_device
 
+CHUNK = 500
+"""Queries that meet the bank at once on each device."""
+
 # exp(1 / temperature), summed over any number of neighbours, must stay finite in float32.
 _SMALLEST_TEMPERATURE = 0.02
 
@@ -49,8 +52,8 @@ def knn_scores(
     Raises:
       InputError: k or temperature below its smallest value.
     """
-    _check_voting(k, temperature)
-    unit_MD, unit_bank_ND = _unit_rows(features_MD), _unit_rows(bank_ND)
+    check_voting(k, temperature)
+    unit_MD, unit_bank_ND = unit_rows(features_MD), unit_rows(bank_ND)
     scores_MC: jax.Array = _vote(unit_MD, unit_bank_ND, bank_labels_N, num_classes, k, temperature)
     return scores_MC
 
@@ -63,8 +66,9 @@ def knn_top1(
     num_classes: int,
     k: int = 200,
     temperature: float = 0.1,
-    chunk_size: int = 500,
+    chunk_size: int = CHUNK,
     placement: Placement | None = None,
+    before_chunk: Callable[[], None] | None = None,
 ) -> float:
     """Top-1 accuracy in percent of the `knn_scores` prediction.
 
@@ -80,6 +84,7 @@ def knn_top1(
       temperature: as in `knn_scores`.
       chunk_size: queries at a time on each device, >= 1; no effect on the result.
       placement: of the devices that share the queries; None: the first one.
+      before_chunk: called before each chunk; may raise to end the work.
 
     Raises:
       InputError: what `check_labelled` and `knn_scores` refuse, sets of two widths, or a
@@ -87,7 +92,7 @@ def knn_top1(
     """
     check_labelled("query", features_MD, labels_M, num_classes)
     check_labelled("bank", bank_ND, bank_labels_N, num_classes)
-    _check_voting(k, temperature)
+    check_voting(k, temperature)
     if features_MD.shape[1] != bank_ND.shape[1]:
         raise InputError("query_features width", features_MD.shape[1], f"bank's {bank_ND.shape[1]}")
     if chunk_size < 1:
@@ -96,15 +101,17 @@ def knn_top1(
     placement = placement or single_device()
     whole, rows = placement.whole, placement.rows()
     vote = _spread_vote(placement, num_classes, k, temperature)
-    bank = _unit_rows(placement.put_array(bank_ND, whole))
+    bank = unit_rows(placement.put_array(bank_ND, whole))
     bank_labels = placement.put_array(bank_labels_N, whole)
     at_once = chunk_size * placement.devices
     correct = 0
     for start in range(0, len(features_MD), at_once):
+        if before_chunk is not None:
+            before_chunk()
         labels_Q = labels_M[start : start + at_once]
         padding = [(0, -len(labels_Q) % placement.devices), (0, 0)]
         queries_QD = np.pad(features_MD[start : start + at_once], padding)
-        scores_QC = vote(_unit_rows(placement.put_array(queries_QD, rows)), bank, bank_labels)
+        scores_QC = vote(unit_rows(placement.put_array(queries_QD, rows)), bank, bank_labels)
         predicted_Q = np.argmax(jax.device_get(scores_QC), axis=1)
         correct += int(np.sum(predicted_Q[: len(labels_Q)] == labels_Q))
     return 100.0 * correct / len(labels_M)
@@ -126,7 +133,7 @@ def _spread_vote(
 
 
 @jax.jit
-def _unit_rows(rows_MD: jax.Array) -> jax.Array:
+def unit_rows(rows_MD: jax.Array) -> jax.Array:
     rows_MD = rows_MD.astype(jnp.float32)
     return rows_MD / jnp.maximum(jnp.linalg.norm(rows_MD, axis=1, keepdims=True), 1e-12)
 
@@ -143,14 +150,22 @@ def _vote(
     # Full float32: neighbours must not depend on a backend's short matrix products.
     similarity_MN = jnp.matmul(unit_MD, unit_bank_ND.T, precision=lax.Precision.HIGHEST)
     nearest_MK, index_MK = lax.top_k(similarity_MN, min(k, unit_bank_ND.shape[0]))
-    weight_MK = jnp.exp(nearest_MK / temperature)
     label_MK = bank_labels_N[index_MK].astype(jnp.int32)
+    return votes(nearest_MK, label_MK, num_classes, temperature)
+
+
+@partial(jax.jit, static_argnames=("num_classes", "temperature"))
+def votes(
+    similarity_MK: jax.Array, label_MK: jax.Array, num_classes: int, temperature: float
+) -> jax.Array:
+    """The scores of `knn_scores` from the neighbours; one at -inf has no vote."""
+    weight_MK = jnp.exp(similarity_MK / temperature)
     # Compare and sum, not scatter: XLA fuses it, and no backend changes the order between runs.
     votes_MKC = label_MK[:, :, None] == jnp.arange(num_classes, dtype=jnp.int32)[None, None]
     return jnp.sum(jnp.where(votes_MKC, weight_MK[:, :, None], 0.0), axis=1)
 
 
-def _check_voting(k: int, temperature: float) -> None:
+def check_voting(k: int, temperature: float) -> None:
     if k < 1:
         raise InputError("k", k, ">= 1")
     if temperature < _SMALLEST_TEMPERATURE:

@@ -5,6 +5,7 @@ Li et al., "MocoSFL: enabling cross-client collaborative self-supervised learnin
 (linear evaluation: one layer, Adam 1e-3, batch 128, 100 epochs).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -118,6 +119,7 @@ def linear_probe(
     learning_rate: float = 1e-3,
     batch_size: int = 128,
     epochs: int = 100,
+    before_epoch: Callable[[], None] | None = None,
 ) -> ProbeResult:
     """Trains a `LinearHead` on frozen features, used as they are, and tests it after every epoch.
 
@@ -129,6 +131,7 @@ def linear_probe(
       learning_rate: Adam's, constant, > 0.
       batch_size: >= 1; the last batch of an epoch may have fewer rows.
       epochs: >= 1.
+      before_epoch: called before each epoch; may raise to end the work.
 
     Raises:
       InputError: what `train_head` refuses, or a learning rate that is not positive.
@@ -136,7 +139,15 @@ def linear_probe(
     if learning_rate <= 0:
         raise InputError("learning_rate", learning_rate, "> 0")
     head = LinearHead(num_classes, learning_rate)
-    state, top1_E = train_head(head, train, test, seed=seed, batch_size=batch_size, epochs=epochs)
+    state, top1_E = train_head(
+        head,
+        train,
+        test,
+        seed=seed,
+        batch_size=batch_size,
+        epochs=epochs,
+        before_epoch=before_epoch,
+    )
     best = int(np.argmax(top1_E))
     params = jax.device_get(state.params)
     return ProbeResult(
@@ -149,7 +160,14 @@ def linear_probe(
 
 
 def train_head(
-    head: Head, train: Labelled, test: Labelled, *, seed: int, batch_size: int, epochs: int
+    head: Head,
+    train: Labelled,
+    test: Labelled,
+    *,
+    seed: int,
+    batch_size: int,
+    epochs: int,
+    before_epoch: Callable[[], None] | None = None,
 ) -> tuple[PyTree, np.ndarray]:
     """Trains any head: each epoch a fresh permutation of `train`, then the accuracy on `test`.
 
@@ -163,6 +181,8 @@ def train_head(
       seed: of the permutations.
       batch_size: >= 1.
       epochs: >= 1.
+      before_epoch: called before each epoch, of which two at most are on the device; may raise to
+        end the work.
 
     Returns:
       The last state and the top-1 test accuracy after each epoch in percent, float64 (epochs,).
@@ -176,8 +196,11 @@ def train_head(
     test_features_MD, test_labels_M = _on_device(test)
     key = device_key(seed, Stream.PROBE)
     state = head.init(train_features_MD.shape[1])
-    correct_E = []
+    correct_E: list[jax.Array] = []
     for epoch in range(epochs):
+        if before_epoch is not None:
+            jax.block_until_ready(correct_E[-2:-1])
+            before_epoch()
         state = _run_epoch(head, batch_size, state, train_features_MD, train_labels_M, key, epoch)
         correct_E.append(_count_correct(head, state, test_features_MD, test_labels_M))
     return state, 100.0 * np.array(jax.device_get(correct_E), np.float64) / len(test.labels_M)

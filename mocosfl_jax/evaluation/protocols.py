@@ -1,5 +1,6 @@
 """The protocols that a run reports: kNN monitor and linear probe (docs/method.md)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.evaluation.knn import knn_top1
 from mocosfl_jax.evaluation.linear_probe import Labelled, ProbeResult, linear_probe
+from mocosfl_jax.evaluation.raw_pixels import raw_pixel_top1
 from mocosfl_jax.models.split import SplitModel, Variables
 from mocosfl_jax.placement import Placement
 
@@ -64,8 +66,12 @@ def encode_splits(
     variables: Variables,
     data: EvaluationData,
     placement: Placement | None = None,
+    before_batch: Callable[[], None] | None = None,
 ) -> Splits:
-    """Encodes train and test images once, unaugmented, on the devices of the placement."""
+    """Encodes train and test images once, unaugmented, on the devices of the placement.
+
+    Args: before_batch: called before each batch; may raise to end the work.
+    """
 
     def run(split: LabelledImages) -> Features:
         features, embedding = encode(
@@ -76,6 +82,7 @@ def encode_splits(
             config.std,
             config.eval_batch_size,
             placement,
+            before_batch,
         )
         return Features(features, embedding, split.labels)
 
@@ -83,9 +90,16 @@ def encode_splits(
 
 
 def knn_monitor(
-    config: Config, splits: Splits, num_classes: int, placement: Placement | None = None
+    config: Config,
+    splits: Splits,
+    num_classes: int,
+    placement: Placement | None = None,
+    before_chunk: Callable[[], None] | None = None,
 ) -> float:
-    """Weighted kNN top-1 in percent on normalised head outputs; the bank is the train split."""
+    """Weighted kNN top-1 in percent on normalised head outputs; the bank is the train split.
+
+    Args: before_chunk: called before each chunk of queries; may raise to end the work.
+    """
     return knn_top1(
         splits.test.embedding,
         splits.test.labels,
@@ -95,11 +109,41 @@ def knn_monitor(
         k=config.knn_k,
         temperature=config.knn_temperature,
         placement=placement,
+        before_chunk=before_chunk,
     )
 
 
-def probe(config: Config, splits: Splits, num_classes: int) -> ProbeResult:
-    """Linear probe on pooled backbone features."""
+def raw_pixel_knn(
+    config: Config, data: EvaluationData, before_batch: Callable[[], None] | None = None
+) -> float:
+    """kNN top-1 in percent on the images themselves: what any encoder has to beat.
+
+    Args: before_batch: called before each batch; may raise to end the work.
+    """
+    return raw_pixel_top1(
+        data.test.images,
+        data.test.labels,
+        data.train.images,
+        data.train.labels,
+        data.num_classes,
+        mean=config.mean,
+        std=config.std,
+        k=config.knn_k,
+        temperature=config.knn_temperature,
+        before_batch=before_batch,
+    )
+
+
+def probe(
+    config: Config,
+    splits: Splits,
+    num_classes: int,
+    before_epoch: Callable[[], None] | None = None,
+) -> ProbeResult:
+    """Linear probe on pooled backbone features.
+
+    Args: before_epoch: called before each epoch; may raise to end the work.
+    """
     return linear_probe(
         Labelled(splits.train.features, splits.train.labels),
         Labelled(splits.test.features, splits.test.labels),
@@ -108,4 +152,5 @@ def probe(config: Config, splits: Splits, num_classes: int) -> ProbeResult:
         learning_rate=config.probe_learning_rate,
         batch_size=config.probe_batch_size,
         epochs=config.probe_epochs,
+        before_epoch=before_epoch,
     )
