@@ -3,6 +3,8 @@
 import dataclasses
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 from mocosfl_jax.config import Config
 from mocosfl_jax.core.axes import NO_MESH, Axes
@@ -12,14 +14,14 @@ from mocosfl_jax.core.sgd import sgd
 from mocosfl_jax.core.state import TrainState, create_state
 from mocosfl_jax.core.step import Method
 from mocosfl_jax.data.augment import AugmentConfig
-from mocosfl_jax.data.dataset import Dataset
+from mocosfl_jax.data.dataset import Prepared
 from mocosfl_jax.data.partition import ClientImages, SharedImages, by_classes, dirichlet, iid
 from mocosfl_jax.data.sources import Options
 from mocosfl_jax.models.heads import HEADS
 from mocosfl_jax.models.resnet import STEMS
 from mocosfl_jax.models.split import SplitModel, build_model
 from mocosfl_jax.randomness import Stream, device_key
-from mocosfl_jax.resolve import largest_divisor
+from mocosfl_jax.resolve import largest_divisor, resolve
 
 CPU_PART = 25_000_000
 """Images of a part, times (width x side of the first features)^2, that a CPU runs at full speed:
@@ -107,21 +109,44 @@ def initial_state(config: Config, method: Method) -> TrainState:
     )
 
 
-def partition_of(config: Config, dataset: Dataset) -> ClientImages:
-    """Which client holds which training images."""
-    labels, clients, seed = dataset.train.labels, config.num_clients, config.seed
+def deal(config: Config, prepared: Prepared) -> tuple[Config, ClientImages]:
+    """Deals the images to the clients and fills the config, after all checks that need no pixels.
+
+    Args:
+      config: passed by `check_fields`, its unset fields not filled.
+      prepared: the data set that it names.
+    Returns: the resolved config, and who holds which images.
+    Raises: InputError: as `partition_of` and `resolve`.
+    """
+    iid_only = config.classes_per_client is None and config.dirichlet_alpha is None
+    labels = None if iid_only else prepared.train_labels()
+    partition = partition_of(config, prepared.info.num_train, labels)
+    return resolve(config, prepared.info, partition), partition
+
+
+def partition_of(
+    config: Config, num_images: int, labels: NDArray[np.integer] | None
+) -> ClientImages:
+    """Which client holds which training images; fields that a rule fills may be unset.
+
+    Args:
+      config: passed by `check_fields`.
+      num_images: of the train split.
+      labels: (num_images,) integers of the train split, or None.
+    Raises: InputError: the data set cannot be dealt to the clients in this way.
+    """
     if config.images_per_client is not None:
         return SharedImages(
-            num_images=len(dataset.train.images),
+            num_images=num_images,
             labels=labels,
-            num_clients=clients,
+            num_clients=config.num_clients,
             images_per_client=config.images_per_client,
             classes_per_client=config.classes_per_client,
             alpha=config.dirichlet_alpha,
-            seed=seed,
+            seed=config.seed,
         )
     if config.classes_per_client is not None:
-        return by_classes(labels, clients, config.classes_per_client, seed)
+        return by_classes(labels, config.num_clients, config.classes_per_client, config.seed)
     if config.dirichlet_alpha is not None:
-        return dirichlet(labels, clients, config.dirichlet_alpha, seed)
-    return iid(len(dataset.train.images), clients, seed)
+        return dirichlet(labels, config.num_clients, config.dirichlet_alpha, config.seed)
+    return iid(num_images, config.num_clients, config.seed)

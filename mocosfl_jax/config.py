@@ -5,11 +5,12 @@ turns it into a frozen `Config`, and `mocosfl_jax.resolve` fills the unset field
 """
 
 import dataclasses
-import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -37,8 +38,9 @@ class Config:
     # Side of the square that images are stored and trained at, pixels. Rule: the data set's own;
     # a folder has none, so it must be set there.
     image_size: int = RULE
-    # Part of a folder or npz that is held out as a test set where it brings none, in [0, 1).
-    holdout_fraction: float = 0.1
+    # Part of a folder or npz that is held out as a test set where it brings none, in [0, 1). Rule:
+    # 0.1 of images with labels; 0 without, as only labels can be tested on.
+    holdout_fraction: float = RULE
     # Mean and deviation of each channel, of pixels in [0, 1], three numbers each. Rule: computed
     # from the train split.
     mean: tuple[float, ...] = RULE
@@ -220,61 +222,116 @@ EXECUTION_FIELDS = frozenset(
     }
 )
 
+# What a field means in a stored config that was written before the field existed, where that is not
+# today's default. A new field whose default changes what a run does needs an entry.
+_MEANING_WITHOUT_FIELD: dict[str, Any] = {"holdout_fraction": 0.1}
+
 _TYPES = typing.get_type_hints(Config)
-
-
-def _basic_type(name: str) -> type:
-    """int, float, str, bool or tuple: the type of a field's set values."""
-    options = typing.get_args(_TYPES[name])
-    union = type(None) in options
-    kind = options[0] if union else _TYPES[name]
-    return typing.get_origin(kind) or kind
+_KINDS = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "True or False",
+    tuple: "a tuple",
+}
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+"""Sizes between which float32 has its full precision."""
 
 
 def default_config() -> ConfigDict:
     """A locked ConfigDict with every field of `Config`; unset fields know their type."""
     config = ConfigDict()
     for field in dataclasses.fields(Config):
-        kind = _basic_type(field.name)
+        kind, _ = _value_types(field.name)
         config[field.name] = placeholder(kind) if field.default is None else field.default
     return config.lock()
 
 
-def check_types(raw: ConfigDict) -> Config:
+def check_types(raw: Mapping[str, Any], where: str = "config") -> Config:
     """The raw config as a `Config` whose unset fields are still None.
 
-    Raises: InputError: an unknown field, or a value of another type.
+    Args:
+      raw: a ConfigDict from a config file, or a dict.
+      where: what errors put before `.FIELD`.
+    Raises: InputError: an unknown field, a value of another type, no value where one is needed, an
+    integer beyond int64, or a number too large or too close to 0 for float32.
     """
-    known = {field.name for field in dataclasses.fields(Config)}
     for name in raw:
-        if name not in known:
+        if name not in _TYPES:
             raise InputError(
-                f"config.{name}", raw[name], "no such field; see mocosfl_jax/config.py"
+                f"{where}.{name}", raw[name], "no such field; see mocosfl_jax/config.py"
             )
-    values: dict[str, Any] = {name: raw[name] for name in raw if raw[name] is not None}
-    for name in values:
-        kind = _basic_type(name)
-        if kind is float and type(values[name]) is int:
-            values[name] = float(values[name])
-        if kind is tuple and type(values[name]) is list:
-            values[name] = tuple(values[name])
-        value = values[name]
-        if type(value) is not kind:
-            raise InputError(f"config.{name}", value, f"a {kind.__name__} is needed")
-        members: Any = value if kind is tuple else (value,)
-        numbers = [x for x in members if isinstance(x, float)]
-        if not all(map(math.isfinite, numbers)):
-            raise InputError(f"config.{name}", value, "a finite number is needed")
-    missing = [f.name for f in dataclasses.fields(Config) if f.default is not None]
-    for name in missing:
-        if name not in values:
-            raise InputError(f"config.{name}", None, f"a {_basic_type(name).__name__} is needed")
+    values = {
+        name: _typed(f"{where}.{name}", name, raw[name]) for name in raw if raw[name] is not None
+    }
+    for field in dataclasses.fields(Config):
+        if field.default is not None and field.name not in values:
+            kind, _ = _value_types(field.name)
+            raise InputError(f"{where}.{field.name}", None, f"{_KINDS[kind]} is needed")
     return Config(**values)
 
 
-def config_from_json(values: dict[str, Any]) -> Config:
-    """The config of a run's config.json, where tuples have become lists."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return Config(**fields)
+def config_from_json(values: Any, where: str) -> Config:
+    """The stored config of a run of this version or of an earlier one.
+
+    Args:
+      values: fields and their values as JSON has them: tuples have become lists. A field that is
+        missing gets the value that stands for what versions without it did.
+      where: the file that holds them, which errors name.
+    Raises: InputError: fields that this version does not know, or values of another type.
+    """
+    if not isinstance(values, dict):
+        raise InputError(where, values, "fields and their values are needed")
+    unknown = sorted(values.keys() - _TYPES.keys())
+    if unknown:
+        allowed = "fields that this version does not know; a newer one wrote them"
+        raise InputError(where, ", ".join(unknown), allowed)
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    return check_types({**defaults, **_MEANING_WITHOUT_FIELD, **values}, f"{where}: config")
+
+
+def differences(stored: Config, found: Config) -> list[str]:
+    """Texts like `temperature 0.1 -> 0.2` of the fields, but for execution fields, that differ."""
+    return [
+        f"{name} {old!r} -> {getattr(found, name)!r}"
+        for name, old in vars(stored).items()
+        if name not in EXECUTION_FIELDS and old != getattr(found, name)
+    ]
+
+
+def _value_types(name: str) -> tuple[type, type | None]:
+    """The type of a field's set values, and of their members if they are tuples."""
+    hint = _TYPES[name]
+    if type(None) in typing.get_args(hint):
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) is tuple:
+        return tuple, typing.get_args(hint)[0]
+    return hint, None
+
+
+def _typed(where: str, name: str, value: Any) -> Any:
+    """A set value as the type of its field.
+
+    Raises: InputError: it is of another type, or a number that cannot be held.
+    """
+    kind, member = _value_types(name)
+    if member is None:
+        return _scalar(where, kind, value)
+    if type(value) not in (tuple, list):
+        raise InputError(where, value, f"a tuple, each member {_KINDS[member]}, is needed")
+    return tuple(_scalar(where, member, x) for x in value)
+
+
+def _scalar(where: str, kind: type, value: Any) -> Any:
+    """Raises: InputError: as `_typed`."""
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        found = f"an integer of {value.bit_length()} bits"  # very long ones cannot be printed
+        raise InputError(where, found, "an integer from -2**63 to 2**63 - 1 is needed")
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise InputError(where, value, f"{_KINDS[kind]} is needed")
+    if isinstance(value, float) and value != 0 and not _SMALLEST <= abs(value) <= _LARGEST:
+        allowed = f"0 or a finite number of a size from {_SMALLEST:.3g} to {_LARGEST:.3g} is needed"
+        raise InputError(where, value, f"{allowed} (float32)")
+    return value

@@ -2,20 +2,31 @@
 
 import ast
 import dataclasses
+import json
+import runpy
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 import mocosfl_jax
-from mocosfl_jax.build import program_of
-from mocosfl_jax.config import EXECUTION_FIELDS, Config, check_types, default_config
-from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.build import deal, program_of
+from mocosfl_jax.config import (
+    EXECUTION_FIELDS,
+    Config,
+    check_types,
+    config_from_json,
+    default_config,
+    differences,
+)
+from mocosfl_jax.data.dataset import DatasetInfo, Prepared
+from mocosfl_jax.data.partition import dirichlet, iid
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.placement import single_device
 from mocosfl_jax.plan import check_fits
-from mocosfl_jax.resolve import resolve
+from mocosfl_jax.resolve import check_fields, resolve
 from mocosfl_jax.rounds import Cohort
 
 CIFAR10 = DatasetInfo(
@@ -246,6 +257,165 @@ def test_unlabelled_images_can_only_be_iid():
     assert resolved(unlabelled).num_clients == 100
     with pytest.raises(InputError, match=r"config\.classes_per_client = 2"):
         resolved(unlabelled, classes_per_client=2)
+
+
+def test_a_test_set_is_held_out_where_labels_can_be_tested():
+    unlabelled = dataclasses.replace(CIFAR10, num_classes=None)
+    assert resolved().holdout_fraction == 0.1
+    assert resolved(unlabelled).holdout_fraction == 0.0
+    assert resolved(unlabelled, holdout_fraction=0.25).holdout_fraction == 0.25
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("num_clients", number) for number in (10**400, -(10**400), 2**63)),
+        ("seed", 10**400),
+        ("blocks_per_stage", (1, 10**400)),
+        ("temperature", 10**400),
+        *(("temperature", number) for number in (1e-300, 1e-40, 1e39)),
+        ("mean", (0.5, 1e-300, 0.5)),
+        ("std", (0.5, 0.5, 1e-300)),
+        ("std", (0.5, 10**400, 0.5)),
+        ("std", (0.5, "wide", 0.5)),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_number_that_cannot_be_held_is_named(field, value):
+    raw = {**default_config().to_dict(), field: value}
+    with pytest.raises(InputError, match=rf"^config\.{field} = ") as error:
+        check_types(raw)
+    assert len(str(error.value)) < 200
+
+
+def test_every_number_is_checked():
+    """One that neither int64 nor float32 can hold, and that Python refuses to print."""
+    for field in dataclasses.fields(Config):
+        if "int" in str(field.type) or "float" in str(field.type):
+            number = (10**5000,) * 3 if "tuple" in str(field.type) else 10**5000
+            with pytest.raises(InputError, match=rf"config\.{field.name} = "):
+                check_types({**default_config().to_dict(), field.name: number})
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("steps_per_round", {"steps_per_round": 3_000_000_000}),
+        ("steps_per_round", {"steps_per_round": 2**31 - 1, "rounds": 1}),
+        ("rounds", {"steps_per_round": 100_000, "rounds": 100_000}),
+        ("epochs", {"epochs": 10**15}),
+        ("epochs", {"epochs": 2**31 - 1}),
+        ("epochs", {"num_clients": 10**9, "images_per_client": 5}),
+        ("batch_size", {"batch_size": 10**15}),
+        ("batch_size", {"batch_size": 10**9}),
+        (
+            "cohort_size",
+            {"num_clients": 10**6, "images_per_client": 50_000, "cohort_size": 10**6},
+        ),
+        ("num_clients", {"num_clients": 10**12, "images_per_client": 5}),
+        ("queue_length", {"queue_length": 10**12}),
+        ("blocks_per_stage", {"blocks_per_stage": (10**9,)}),
+        ("blocks_per_stage", {"blocks_per_stage": (1,) * 40}),
+        ("width", {"width": 2**31 - 4}),
+        ("bottleneck", {"bottleneck": f"C{10**30}S1"}),
+    ],
+    ids=lambda value: repr(value)[:50],
+)
+def test_the_field_that_is_too_large_is_named(field, fields):
+    with pytest.raises(InputError, match=rf"^config\.{field} = "):
+        resolved(**fields)
+
+
+def dealt(labels: np.ndarray, **fields) -> Config:
+    """The resolved config of images with these labels, by the checks in their order."""
+    info = DatasetInfo("npz:x", len(labels), 0, 32, int(labels.max()) + 1)
+    config = check_types({**default_config().to_dict(), **fields})
+    check_fields(config)
+    prepared = Prepared(info, lambda: pytest.fail("no pixels are needed"), lambda: labels)
+    return deal(config, prepared)[0]
+
+
+def test_the_cohort_is_drawn_from_clients_that_have_images():
+    labels = np.arange(3000) % 10
+    fields = {"num_clients": 20, "dirichlet_alpha": 0.05, "seed": 3}
+    sizes = dirichlet(labels, 20, 0.05, seed=3).sizes
+    holders = int(np.sum(sizes > 0))
+    assert 1 < holders < 20
+    assert dealt(labels, **fields).cohort_size == holders
+    assert dealt(labels, **fields, cohort_size=holders).cohort_size == holders
+    beyond = rf"config\.cohort_size = {holders + 1}: .* 1 to {holders}$"
+    with pytest.raises(InputError, match=beyond):
+        dealt(labels, **fields, cohort_size=holders + 1)
+    shared = dealt(labels, **fields, images_per_client=7)  # draws until it has seven
+    assert shared.cohort_size == 20
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("images_per_client", {"classes_per_client": 2, "images_per_client": 601}),
+        ("images_per_client", {"images_per_client": 3001}),
+        ("cohort_size", {"dirichlet_alpha": 0.001, "num_clients": 100, "cohort_size": 100}),
+        ("num_clients", {"dirichlet_alpha": 0.5, "num_clients": 3001}),
+        ("num_clients", {"num_clients": 3001}),
+    ],
+)
+def test_what_only_labels_tell_is_refused_without_pixels(field, fields):
+    with pytest.raises(InputError, match=rf"^config\.{field} = "):
+        dealt(np.arange(3000) % 10, **fields)
+
+
+def test_a_stored_config_comes_back():
+    config = resolved(blocks_per_stage=(1, 2), mean=(0.5, 0.25, 0.125), data_dir="here")
+    stored = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert config_from_json(stored, "config.json") == config
+
+
+def test_what_a_stored_config_lacks_means_what_its_version_did():
+    stored = json.loads(json.dumps(dataclasses.asdict(resolved(holdout_fraction=0.25))))
+    del stored["holdout_fraction"], stored["client_state"]
+    config = config_from_json(stored, "config.json")
+    assert (config.holdout_fraction, config.client_state) == (0.1, "persistent")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"cut": "one"}, "runs/a/config.json: config.cut = 'one'"),
+        ({"cut": [1]}, "runs/a/config.json: config.cut = [1]"),
+        ({"mean": {"red": 0.5}}, "runs/a/config.json: config.mean = {'red': 0.5}"),
+        ({"mean": [0.5, None, 0.5]}, "runs/a/config.json: config.mean = None"),
+        ({"ema": None}, "runs/a/config.json: config.ema = None"),
+        ({"warp": 9, "shields": True}, "runs/a/config.json = 'shields, warp'"),
+        ([1, 2], "runs/a/config.json = [1, 2]"),
+    ],
+)
+def test_a_stored_config_that_cannot_be_read_is_named(values, words):
+    with pytest.raises(InputError) as error:
+        config_from_json(values, "runs/a/config.json")
+    assert str(error.value).startswith(words)
+
+
+def test_differences_leave_out_how_a_run_is_carried_out():
+    stored = resolved()
+    found = dataclasses.replace(stored, temperature=0.2, mean=(0.5, 0.5, 0.5), eval_batch_size=7)
+    assert differences(stored, found) == [
+        "mean None -> (0.5, 0.5, 0.5)",
+        "temperature 0.1 -> 0.2",
+    ]
+    assert differences(stored, stored) == []
+
+
+@pytest.mark.parametrize("pictures", [20, 200, 100_000])
+@pytest.mark.parametrize("classes", [None, 3])
+def test_the_config_for_a_folder_takes_any_number_of_pictures(pictures, classes):
+    path = Path(mocosfl_jax.__file__).parents[1] / "configs" / "folder.py"
+    raw = runpy.run_path(str(path))["get_config"]()
+    info = DatasetInfo("folder:x", pictures, 0, 64, classes)
+    config = resolve(check_types(raw), info, iid(pictures, raw.num_clients, 0))
+    assert (config.cohort_size, config.stem, config.image_size) == (10, "3x3s2", 64)
+    passes = config.total_steps * config.cohort_size * config.batch_size / pictures
+    assert passes == pytest.approx(50, rel=0.1) or pictures < 100
 
 
 def test_unknown_fields_and_wrong_types_are_named():

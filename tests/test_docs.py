@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mocosfl_jax.commandline import parse
 from mocosfl_jax.config import Config, check_types
 from mocosfl_jax.data.dataset import DatasetInfo, Request
 from mocosfl_jax.data.sources import inspect_dataset
@@ -48,7 +49,7 @@ def parsed(command: str) -> tuple[Config, str]:
     assert match is not None
     argv = ["main", *shlex.split(match[1])]
     values = define_flags(argv)
-    assert values(argv) == ["main"]
+    parse(values, argv)
     info, _ = DATA[Path(argv[argv.index("--config") + 1]).stem]
     return resolve(check_types(values.config), info), values.workdir
 

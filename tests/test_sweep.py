@@ -11,13 +11,15 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from mocosfl_jax.data.dataset import DatasetInfo, Prepared
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.sweep import engines
 from mocosfl_jax.sweep.__main__ import main
-from mocosfl_jax.sweep.definition import default_sweep, expand
+from mocosfl_jax.sweep.definition import check, default_sweep, expand
 from mocosfl_jax.sweep.engines import LocalEngine, RequeuedTask, SlurmEngine, Task, visible_gpus
 from mocosfl_jax.sweep.folder import SweepFolder, last_line
 from mocosfl_jax.sweep.report import Cell, tabulate
@@ -131,6 +133,55 @@ def test_the_sweep_of_the_documentation():
     }
 
 
+def test_a_sweep_unsets_fields():
+    """The base deals 2 classes to each client, and monitors every 2 rounds."""
+    base = str(ROOT / "configs" / "quickstart.py")
+    methods = {"shards": {}, "dirichlet": {"classes_per_client": None, "dirichlet_alpha": 0.3}}
+    grid = {"mean": (None, (0.5, 0.25, 0.5))}
+    sweep = sweep_of(base=base, methods=methods, grid=grid, unset=("knn_every",))
+    runs = expand(sweep)
+    assert "--config.classes_per_client=None" in runs["dirichlet,mean=None,seed=0"].arguments
+    found = [
+        (config.classes_per_client, config.dirichlet_alpha, config.mean, config.knn_every)
+        for config in check(runs).values()
+    ]
+    assert found == [
+        *((None, 0.3, mean, None) for mean in grid["mean"]),
+        *((2, None, mean, None) for mean in grid["mean"]),
+    ]
+
+
+def test_a_command_leaves_a_fixed_field_as_the_base_has_it(npz, capsys):
+    base = str(ROOT / "configs" / "quickstart.py")
+    fields = {"base": base, "grid.num_clients": (4,), "fixed.knn_k": None, "fixed.knn_every": None}
+    assert main(command(npz, **fields), FAKE) == 0
+    (run,) = json.loads((npz.parent / "sweep" / "sweep.json").read_text())["runs"].values()
+    assert (run["config"]["knn_k"], run["config"]["knn_every"]) == (200, 2)
+
+
+def test_labels_are_read_once_for_all_runs(monkeypatch):
+    read = []
+
+    def prepare(name, **options):
+        prepared = cifar10(name)
+        return prepared._replace(
+            train_labels=lambda: read.append(options["seed"]) or prepared.train_labels()
+        )
+
+    monkeypatch.setattr("mocosfl_jax.sweep.definition.prepare_dataset", prepare)
+    grid = {"num_clients": (10, 20), "dirichlet_alpha": (0.3, 1.0)}
+    check(expand(sweep_of(grid=grid, seeds=(4, 7))))
+    assert read == [4, 7]
+
+
+def test_every_check_that_needs_labels_is_made(npz):
+    """60 images of 3 classes: no two of them give a client of 41 images its 21 of each."""
+    fixed = {"dataset": f"npz:{npz}", "classes_per_client": 2, "images_per_client": 41}
+    runs = expand(sweep_of(fixed=fixed, grid={"num_clients": (3,)}))
+    with pytest.raises(InputError, match=r"images_per_client = 41: .*\(run num_clients=3,seed=0\)"):
+        check(runs)
+
+
 def test_words_in_a_list_on_the_command_line(npz, capsys):
     options = ("--dry_run", "--config.grid.head=('V1','V2')")
     assert main(command(npz, *options, **{"grid.num_clients": 4})) == 0
@@ -141,7 +192,7 @@ def test_words_in_a_list_on_the_command_line(npz, capsys):
 
 def test_the_client_count_sweep(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("mocosfl_jax.sweep.definition.inspect_dataset", cifar10)
+    monkeypatch.setattr("mocosfl_jax.sweep.definition.prepare_dataset", cifar10)
     assert main(["sweep", "--config", SWEEP, "--dry_run"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         *(f"num_clients={clients},seed=0" for clients in (10, 50, 100, 500, 1000)),
@@ -150,11 +201,11 @@ def test_the_client_count_sweep(monkeypatch, capsys):
     ]
 
 
-def cifar10(name, **_):
-    from mocosfl_jax.data.dataset import DatasetInfo
-
+def cifar10(name, **_) -> Prepared:
     assert name == "cifar10"
-    return DatasetInfo("cifar10", 50_000, 10_000, 32, 10)
+    info = DatasetInfo("cifar10", 50_000, 10_000, 32, 10)
+    labels = np.arange(50_000, dtype=np.int32) % 10
+    return Prepared(info, lambda: pytest.fail("no pixels are needed"), lambda: labels)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +216,12 @@ def cifar10(name, **_):
         ("grid.num_clients", (4, "many"), ["num_clients", "many"]),
         ("grid.num_clients", (), ["config.grid.num_clients", "at least one value"]),
         ("grid.cut", (1, 9), ["config.cut", "9", "1 to 3", "run cut=9,"]),
-        ("grid.data_dir", (None,), ["config.grid.data_dir", "None", "unset"]),
+        ("grid.cut", (1, None), ["config.cut = None: an integer", "run cut=None,"]),
+        ("unset", ("cuts",), ["config.unset", "cuts", "a field of the runs"]),
+        ("unset", ("width",), ["config.unset", "width", "set in fixed too"]),
+        ("unset", ("num_clients",), ["config.unset", "num_clients", "set in grid too"]),
+        ("unset", ("train_split", "momentum"), ["config.momentum = None: a number is needed"]),
+        ("metrics", None, ["config.metrics", "None"]),
         ("grid.cut", (1, 1.5), ["--config.cut=1.5"]),
         ("fixed.num_clients", 3, ["config.fixed.num_clients", "3", "config.grid"]),
         ("fixed.seed", 3, ["seed"]),
@@ -206,7 +262,6 @@ def refused(capsys, argv: list[str]) -> str:
         ({"seed": 1}, "config.seeds"),
         ({"epochs": 2}, "set in config.fixed too"),
         ({"num_clients": 2}, "set in config.grid too"),
-        ({"classes_per_client": None}, "unset"),
         (3, "fields and their values"),
     ],
 )

@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mocosfl_jax.commandline import config_file, parse
+from mocosfl_jax.console import unbreakable_output
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.sweep.definition import Run, check, expand
 from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
@@ -127,11 +128,21 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     if values.config is not None and "grid" not in values.config:
         allowed = "a sweep's config is needed, made by default_sweep(); this one is of a run"
         raise InputError("--config", config_file(argv), allowed)
+    if values.config is not None:
+        _check_report_fields(values.config)
     if values.workdir is None and not values.dry_run:
         raise InputError("--workdir", None, "a folder for the sweep is needed")
     return values
 
 
+def _check_report_fields(sweep: ConfigDict) -> None:
+    """Raises: InputError: a report would not know what to show."""
+    for name in ("columns", "metrics"):
+        if sweep[name] is None:
+            raise InputError(f"config.{name}", None, "a value is needed")
+
+
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    unbreakable_output()
     sys.exit(main(sys.argv))

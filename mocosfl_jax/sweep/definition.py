@@ -4,6 +4,7 @@ A sweep config (`configs/sweeps/*.py`) starts from `default_sweep()` and changes
 turns it into runs, each of which has been checked as `mocosfl_jax.main` would check it.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ from urllib.parse import quote
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mocosfl_jax.build import data_options
+from mocosfl_jax.build import data_options, deal
 from mocosfl_jax.commandline import parse
 from mocosfl_jax.config import Config, check_types, default_config
-from mocosfl_jax.data.dataset import DatasetInfo
-from mocosfl_jax.data.sources import inspect_dataset
+from mocosfl_jax.data.dataset import Prepared
+from mocosfl_jax.data.sources import prepare_dataset
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.main import define_flags
-from mocosfl_jax.resolve import resolve
+from mocosfl_jax.resolve import check_fields
 
 Fields = dict[str, Any]
 """Values of config fields, by name."""
@@ -46,13 +47,16 @@ def default_sweep() -> ConfigDict:
     sweep = ConfigDict()
     # Config file of every run, as for `mocosfl_jax.main`.
     sweep.base = placeholder(str)
-    # Fields that have the same value in every run: `sweep.fixed.epochs = 1`.
+    # Fields that have the same value in every run: `sweep.fixed.epochs = 1`. None: as in the base.
     sweep.fixed = _fields_of_a_run()
+    # Fields that are unset in every run, whatever the base has: `("classes_per_client",)`.
+    sweep.unset = ()
     # Fields that vary, and their values: `sweep.grid.num_clients = (10, 100)`. All combinations
-    # are run.
+    # are run. The value None unsets a field.
     sweep.grid = ConfigDict({name: placeholder(tuple) for name in sweep.fixed})
     # Named variants, the fields of each: `{"MocoSFL-1": {"cut": 1}, "MocoSFL-3": {"cut": 2}}`. Each
-    # is run on the whole grid. A field that a variant leaves out has the base's value.
+    # is run on the whole grid. A field that a variant leaves out has the base's value; one that it
+    # sets to None is unset.
     sweep.methods = {}
     # Seeds of every cell of the grid.
     sweep.seeds = (0,)
@@ -107,25 +111,21 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
     """The runs of a sweep by name, in their order: every cell's first seed before any second one.
 
     Args: sweep: from `default_sweep`.
-    Raises: InputError: a field that does not exist or is set twice, or that has no value.
+    Raises: InputError: a field that does not exist, is set twice or lacks its value.
     """
-    if sweep.base is None:
-        raise InputError("config.base", None, "the config file of the runs is needed")
-    if sweep.columns not in default_config():
-        raise InputError("config.columns", sweep.columns, "a field of the runs is needed")
+    _check_values(sweep)
     fixed = {name: value for name, value in sweep.fixed.items() if value is not None}
     grid = {name: values for name, values in sweep.grid.items() if values is not None}
     methods = sweep.methods.to_dict() or {"": {}}
-    if len(set(sweep.seeds)) < len(sweep.seeds):
-        raise InputError("config.seeds", sweep.seeds, "each seed once")
     _check_metrics(sweep.metrics)
     _check_places(fixed, grid, methods)
+    _check_unset(sweep.unset, {"fixed": fixed, "grid": grid, **methods})
     _check_more_seeds(sweep.more_seeds, grid)
     ranked = []
     for method, variant in methods.items():
         for cell in _cells(grid):
             for rank, seed in enumerate(_seeds(sweep, {"method": method, **cell})):
-                overrides = {**fixed, **variant, **cell, "seed": seed}
+                overrides = {**dict.fromkeys(sweep.unset), **fixed, **variant, **cell, "seed": seed}
                 ranked.append((rank, Run(sweep.base, method, cell, seed, overrides)))
     if not ranked:
         raise InputError("config.seeds", sweep.seeds, "at least one seed is needed")
@@ -138,25 +138,28 @@ def check(runs: dict[str, Run], finished: Collection[str] = ()) -> dict[str, Con
     Args: finished: names of runs whose data need not be there any more.
     Raises: InputError: names the field, its value, what is allowed, and the run.
     """
-    infos: dict[Any, DatasetInfo] = {}
+    prepared: dict[Any, Prepared] = {}
 
-    def info_of(config: Config) -> DatasetInfo:
+    def prepare(config: Config) -> Prepared:
+        """The data set of a run, read once for all runs that share it."""
         options = data_options(config)
         key = (config.dataset, *options.values())
-        if key not in infos:
-            infos[key] = inspect_dataset(config.dataset, **options)
-        return infos[key]
+        if key not in prepared:
+            data = prepare_dataset(config.dataset, **options)
+            prepared[key] = data._replace(train_labels=functools.cache(data.train_labels))
+        return prepared[key]
 
     return {
-        name: _checked(run, None if name in finished else info_of) for name, run in runs.items()
+        name: _checked(run, None if name in finished else prepare) for name, run in runs.items()
     }
 
 
-def _checked(run: Run, info_of: Callable[[Config], DatasetInfo] | None) -> Config:
+def _checked(run: Run, prepare: Callable[[Config], Prepared] | None) -> Config:
     try:
         config = check_types(_load(run))
-        if info_of is not None:
-            resolve(config, info_of(config))
+        if prepare is not None:
+            check_fields(config)
+            deal(config, prepare(config))
     except InputError as error:
         error.args = (f"{error} (run {run.name})",)
         raise
@@ -169,6 +172,19 @@ def _load(run: Run) -> ConfigDict:
     values = define_flags(argv)
     parse(values, argv, config_name="config.base")
     return values.config
+
+
+def _check_values(sweep: ConfigDict) -> None:
+    """Each field of the sweep by itself."""
+    if sweep.base is None:
+        raise InputError("config.base", None, "the config file of the runs is needed")
+    for name in ("fixed", "unset", "grid", "methods", "seeds", "more_seeds", "metrics", "slurm"):
+        if sweep[name] is None:
+            raise InputError(f"config.{name}", None, "a value is needed")
+    if sweep.columns not in default_config():
+        raise InputError("config.columns", sweep.columns, "a field of the runs is needed")
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        raise InputError("config.seeds", sweep.seeds, "each seed once")
 
 
 def _check_metrics(metrics: Iterable[str]) -> None:
@@ -203,8 +219,6 @@ def _text(value: Any) -> str:
 
 # --------------------------------------------------------------------------------------- checks
 
-CANNOT_UNSET = "no command line can unset a field; take a base that leaves it unset"
-
 
 def _check_places(fixed: Fields, grid: Fields, methods: dict[str, Fields]) -> None:
     """Each field of a run exists, has values and is set in one place."""
@@ -212,10 +226,8 @@ def _check_places(fixed: Fields, grid: Fields, methods: dict[str, Fields]) -> No
     for name, values in grid.items():
         if not values:
             raise InputError(f"config.grid.{name}", values, "at least one value is needed")
-        if len(set(values)) < len(values):
+        if len(set(map(_text, values))) < len(values):
             raise InputError(f"config.grid.{name}", values, "each value once")
-        if None in values:
-            raise InputError(f"config.grid.{name}", values, CANNOT_UNSET)
         if name in fixed:
             raise InputError(f"config.fixed.{name}", fixed[name], "set in config.grid too")
     for method, variant in methods.items():
@@ -229,8 +241,17 @@ def _check_places(fixed: Fields, grid: Fields, methods: dict[str, Fields]) -> No
             for place, fields in (("fixed", fixed), ("grid", grid)):
                 if name in fields:
                     raise InputError(f"{where}.{name}", value, f"set in config.{place} too")
-            if value is None:
-                raise InputError(f"{where}.{name}", value, CANNOT_UNSET)
+
+
+def _check_unset(names: Iterable[str], places: dict[str, Fields]) -> None:
+    """Args: places: the fields that each part of the sweep, or each method, sets."""
+    known = _fields_of_a_run()
+    for name in names:
+        if name not in known:
+            raise InputError("config.unset", name, "a field of the runs is needed")
+        for place, fields in places.items():
+            if name in fields:
+                raise InputError("config.unset", name, f"set in {place} too")
 
 
 def _check_more_seeds(more_seeds: tuple[Any, ...], grid: Fields) -> None:

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from mocosfl_jax.config import EXECUTION_FIELDS, Config
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.storage import read_json, write_json
 from mocosfl_jax.sweep.definition import Run
-from mocosfl_jax.workdir import hold, read_json, write_json
+from mocosfl_jax.workdir import hold
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ class SweepFolder:
         for name in [name for name in stored if name in runs]:
             old, new = stored[name]["config"], runs[name]["config"]
             for field in sorted(old.keys() - EXECUTION_FIELDS):
+                if field == "holdout_fraction" and new.get(field) is None:
+                    continue  # a rule now; a run that lies here keeps its own
                 if old[field] != new.get(field):
                     change = f"{field} {old[field]!r} -> {new.get(field)!r}"
                     allowed = f"holds a sweep with another config ({change}, run {name})"

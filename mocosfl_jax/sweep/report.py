@@ -1,6 +1,7 @@
 """The report of a sweep: DIR/report.csv (a row a run), report.md (a table), report.png (a plot)."""
 
 import csv
+import dataclasses
 import io
 import math
 import os
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.storage import StorageError, write_text
 from mocosfl_jax.sweep.folder import Record, SweepFolder
-from mocosfl_jax.workdir import write_text
 
 LABELS = {
     "linear_top1": "linear probe, top-1 %",
@@ -35,6 +36,8 @@ FURTHER_NUMBERS = (
     "device",
 )
 """Of summary.json in report.csv, beside the metrics."""
+
+_UNWRITTEN = "the report cannot be written here"
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def write_report(folder: SweepFolder, columns: str, metrics: Sequence[str]) -> s
     Raises: InputError: no sweep lies there, no run has such a field or number, or a file cannot be
     written.
     """
-    records = folder.records()
+    records = _comparable(folder.records())
     _check(records, columns, metrics)
     table = tabulate(records, columns, metrics)
     text = markdown(records, table)
@@ -95,9 +98,11 @@ def write_report(folder: SweepFolder, columns: str, metrics: Sequence[str]) -> s
         write_text(folder.path / "report.csv", long_form(records, columns, metrics))
         write_text(folder.path / "report.md", text)
         plot(table, at_init.mean if at_init.values else None, folder.path / "report.png")
+    except StorageError as error:
+        raise InputError(str(error.path), None, f"{_UNWRITTEN}: {error.reason}") from None
     except OSError as error:
-        reason = f"the report cannot be written here: {error.strerror}"
-        raise InputError(str(error.filename or folder.path), None, reason) from None
+        path = str(error.filename or folder.path)
+        raise InputError(path, None, f"{_UNWRITTEN}: {error.strerror}") from None
     return text
 
 
@@ -214,6 +219,19 @@ def _check(records: Sequence[Record], columns: str, metrics: Sequence[str]) -> N
                 raise InputError("config.metrics", metric, allowed)
 
 
+def _comparable(records: list[Record]) -> list[Record]:
+    """Leaves out images/s of runs that counted padding, as version 0.1.0 did, beside others."""
+    counts = {r.name: (r.summary or {}).get("padding_counted", True) for r in records if r.summary}
+    if len(set(counts.values())) < 2:
+        return records
+    return [
+        dataclasses.replace(r, summary={**r.summary, "images_per_second": None})
+        if r.summary is not None and counts[r.name]
+        else r
+        for r in records
+    ]
+
+
 def _widen(axes: Any) -> None:
     """At least ten points of accuracy, so that chance does not look like a trend."""
     low, high = axes.get_ylim()
@@ -238,7 +256,10 @@ def _notes(records: Sequence[Record], table: Table) -> list[str]:
     if "knn_top1" in table.metrics and (at_init := _at_init(records)).values:
         notes.append(f"kNN of the untrained encoders, top-1 %: {at_init}.")
     if any(cell.finished and not cell.values for cell in table.cells.values()):
-        notes.append("-: finished without this number, which needs labels or is switched off.")
+        notes.append(
+            "-: finished without this number, which needs labels, is switched off, or (images/s of"
+            " version 0.1.0) counted padding."
+        )
     return notes
 
 

@@ -1,0 +1,118 @@
+"""What a command line does to its config file: values, no values, and files that fail."""
+
+from pathlib import Path
+
+import pytest
+
+from mocosfl_jax.commandline import parse
+from mocosfl_jax.config import Config, check_types
+from mocosfl_jax.main import define_flags, main
+
+QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.py")
+
+
+def parsed(*overrides: str) -> Config:
+    argv = ["main", "--config", QUICKSTART, *overrides]
+    values = define_flags(argv)
+    parse(values, argv)
+    return check_types(values.config)
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line with which a command is refused."""
+    assert main(["main", *arguments, "--dry_run"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    return err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "classes"),
+    [
+        ((), 2),
+        (("--config.classes_per_client=None",), None),
+        (("--config.classes_per_client", "None"), None),
+        (("-config.classes_per_client=None",), None),
+        (("--config.classes_per_client=3", "--config.classes_per_client=None"), None),
+        (("--config.classes_per_client=None", "--config.classes_per_client=3"), 3),
+        (("--config.classes_per_client", "None", "--config.classes_per_client", "3"), 3),
+    ],
+)
+def test_the_last_value_of_a_field_counts_and_none_unsets_it(overrides, classes):
+    config = parsed(*overrides, "--config.seed=5")
+    assert (config.classes_per_client, config.seed) == (classes, 5)
+
+
+def test_fields_of_every_type_can_be_unset():
+    config = parsed("--config.blocks_per_stage=None", "--config.stem=None", "--config.seed=5")
+    assert (config.blocks_per_stage, config.stem, config.seed) == (None, None, 5)
+    assert parsed("--config.data_dir=None").data_dir is None
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.num_clients=None", "config.num_clients = None: an integer is needed"),
+        ("--config.dataset=None", "config.dataset = None: a string is needed"),
+        ("--config.tensorboard=None", "config.tensorboard = None: True or False is needed"),
+        ("--config.no_such_field=None", "no such field: \"'no_such_field'\""),
+    ],
+)
+def test_a_field_that_cannot_be_unset_is_named(capsys, override, words):
+    assert words in refused(capsys, "--config", QUICKSTART, override)
+
+
+def test_without_labels_the_quickstart_has_iid_clients(capsys):
+    argv = ["main", "--config", QUICKSTART, "--dry_run", "--config.classes_per_client=None"]
+    assert main([*argv, "--config.dirichlet_alpha=0.5", "--config.cohort_size=4"]) == 0
+    out = capsys.readouterr().out
+    assert "classes_per_client: None" in out
+    assert "dirichlet_alpha: 0.5" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("raise RuntimeError('out of\\ncheese')", "RuntimeError: out of cheese"),
+        ("def get_config(): raise ValueError(7)", "the file fails with ValueError: 7"),
+        ("def get_config(): return 1 / 0", "ZeroDivisionError: division by zero"),
+        ("def get_config(): return None", "get_config() must return a ConfigDict"),
+        ("def get_config(): return {'seed': 1}", "must return a ConfigDict, but returns dict"),
+        ("import sys\nsys.exit(0)", "the file fails with SystemExit: 0"),
+        ("def get_config(): exit()", "the file fails with SystemExit"),
+        ("raise BaseException", "the file fails with BaseException"),
+        ("def get_config(:", "SyntaxError: invalid syntax"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("config = 1", "the file must define get_config()"),
+        ("get_config = 1", "TypeError: 'int' object is not callable"),
+        ("def get_config(name): return name", "TypeError: get_config() missing 1 required"),
+    ],
+)
+@pytest.mark.parametrize("overrides", [(), ("--config.seed=1", "--config.knn_every=None")])
+def test_a_config_file_that_fails_is_named_with_its_reason(
+    capsys, tmp_path, text, words, overrides
+):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    line = refused(capsys, "--config", str(path), *overrides)
+    assert line.startswith(f"mocosfl_jax: --config = '{path}': ")
+    assert words in line
+
+
+def test_a_config_file_that_is_no_text_file_is_named(capsys, tmp_path):
+    (tmp_path / "latin.py").write_bytes("name = 'é'\n".encode("latin-1"))
+    (tmp_path / "folder.py").mkdir()
+    for name, words in (
+        ("latin.py", "SyntaxError"),
+        ("folder.py", "an existing config file is needed"),
+        ("nowhere.py", "an existing config file is needed"),
+    ):
+        line = refused(capsys, f"--config={tmp_path / name}")
+        assert line.startswith(f"mocosfl_jax: --config = '{tmp_path / name}': ")
+        assert words in line
+
+
+def test_an_interrupt_while_a_config_file_is_read_is_no_bad_input(capsys, tmp_path):
+    (tmp_path / "slow.py").write_text("raise KeyboardInterrupt")
+    assert main(["main", "--config", str(tmp_path / "slow.py"), "--dry_run"]) == 130
+    assert "interrupted" in capsys.readouterr().err
