@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,72 @@ from mocosfl_jax.config import Config
 from mocosfl_jax.core.client import client_forward
 from mocosfl_jax.core.dispatch import Program
 from mocosfl_jax.core.server import contrast
+from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.evaluation.knn import CHUNK
+from mocosfl_jax.evaluation.raw_pixels import BLOCK, SIDE
+from mocosfl_jax.models.split import Params, SplitModel, Variables
+
+PROCESS = 270_000_000
+"""Resident size of Python with JAX, Flax, Orbax and TFDS imported and the CPU backend started:
+measured 269 MB (JAX 0.10.2, Linux)."""
+
+COMPILER = 180_000_000
+COMPILER_A_CONVOLUTION = 48_000_000
+"""What compiling the programs of a run adds to that and never gives back: the growth of whole runs
+up to their compiled dispatch, less their images and state. Measured with XLA for CPUs, an empty
+compilation cache: 560 to 650 MB with 9 convolutions in the network, 1,130 MB with 20."""
+
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes behind the peak of a run on one device, by what holds them.
+
+    process, compiler: measured constants, see above. images: both splits, uint8. state: the train
+    state. saved_copy: of it, which a save writes while training goes on. inputs: the images of two
+    dispatches, one running and one ahead. step: views, activations, gradients and new server models
+    of a step. encoded: features and embeddings of both splits, and those of the train split once
+    more while they are joined. evaluation: the largest that a piece of an evaluation has on the
+    device.
+
+    On a CPU `total` is the peak resident size of the process. Other devices hold `device`, and the
+    process `host`.
+    """
+
+    process: int
+    compiler: int
+    images: int
+    state: int
+    saved_copy: int
+    inputs: int
+    step: int
+    encoded: int
+    evaluation: int
+
+    @property
+    def device(self) -> int:
+        """Peak of an accelerator: training and evaluation take turns."""
+        return self.state + max(self._training, self.evaluation)
+
+    @property
+    def host(self) -> int:
+        """Peak of the process beside an accelerator, which hands it what it saves."""
+        return self._constant + max(self.inputs + self.saved_copy, self.encoded)
+
+    @property
+    def total(self) -> int:
+        """Peak where the device is the CPU."""
+        return self._constant + self.state + max(self._training, self.encoded + self.evaluation)
+
+    @property
+    def _constant(self) -> int:
+        return self.process + self.compiler + self.images
+
+    @property
+    def _training(self) -> int:
+        return self.saved_copy + self.inputs + self.step
 
 
 @dataclass(frozen=True)
@@ -33,11 +100,6 @@ class Plan:
     state_bytes: int
     activation_bytes: int
 
-    @property
-    def memory_bytes(self) -> int:
-        """Estimated peak on the device: state, its copy at a save, and one step."""
-        return 2 * self.state_bytes + self.activation_bytes
-
 
 def plan(config: Config) -> Plan:
     """Nothing is computed or compiled: shapes only."""
@@ -57,6 +119,33 @@ def plan(config: Config) -> Plan:
         bytes_down_per_client_round=config.steps_per_round * gradient_bytes + sync_bytes,
         state_bytes=_bytes(state),
         activation_bytes=_activation_bytes(config, program, state),
+    )
+
+
+def estimate_memory(config: Config, info: DatasetInfo, sizes: Plan) -> Memory:
+    """The memory of a run on one device, from shapes; nothing is computed or compiled.
+
+    Args:
+      config: resolved.
+      info: of its data set.
+      sizes: `plan(config)`.
+    """
+    model = program_of(config).method.model
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    pixels = 3 * info.image_size**2
+    rows_a_dispatch = config.steps_per_dispatch * config.cohort_size * config.batch_size
+    evaluated = info.labelled and info.num_test > 0
+    encoded, evaluation = _evaluation_bytes(config, info, model, variables) if evaluated else (0, 0)
+    return Memory(
+        process=PROCESS,
+        compiler=COMPILER + COMPILER_A_CONVOLUTION * _convolutions(variables),
+        images=(info.num_train + info.num_test) * pixels,
+        state=sizes.state_bytes,
+        saved_copy=sizes.state_bytes,
+        inputs=2 * rows_a_dispatch * pixels,
+        step=_step_bytes(config, sizes, variables),
+        encoded=encoded,
+        evaluation=evaluation,
     )
 
 
@@ -133,6 +222,58 @@ def _activation_bytes(config: Config, program: Program, state: Any) -> int:
     queues = jax.eval_shape(lambda s: s.queue_groups(s.cohort), state)
     kept = jax.eval_shape(server, state.server.params, latents_R, embedding, queues)
     return (config.cohort_size * _bytes(residuals) + _bytes(kept)) // method.cohort_chunks
+
+
+def _step_bytes(config: Config, sizes: Plan, variables: Variables) -> int:
+    """Activations, both views, the gradients, and the server's new models beside the old ones.
+
+    Parts of a cohort add up their gradients: the server's exists twice.
+    """
+    server_gradients = 2 if program_of(config).method.cohort_chunks > 1 else 1
+    views = 2 * config.cohort_size * _bytes(_images(config))
+    client_gradients = config.cohort_size * _bytes(variables.client)
+    server = (server_gradients + 2) * _bytes(variables.server)
+    return sizes.activation_bytes + views + client_gradients + server
+
+
+def _evaluation_bytes(
+    config: Config, info: DatasetInfo, model: SplitModel, variables: Variables
+) -> tuple[int, int]:
+    """Bytes of the encoded splits on the host, and of the largest piece of an evaluation."""
+    train, total = info.num_train, info.num_train + info.num_test
+    one = jax.eval_shape(model.encode, variables, _images(config))
+    features, embedding = (_FLOAT * x.shape[1] for x in one)
+    bank, similarities = train * embedding, CHUNK * train * _FLOAT
+    block = BLOCK * 3 * min(info.image_size, SIDE) ** 2 * _FLOAT
+    pieces = {
+        # Two batches of images; a unit's input, shortcut, convolution and its normalised output;
+        # the standardised kernels.
+        "encode": 2 * config.eval_batch_size * 3 * info.image_size**2
+        + 4 * config.eval_batch_size * _largest_map(model, variables, config)
+        + _bytes(variables),
+        "knn": bank + max(bank, similarities),  # the bank, scaled from a copy
+        "raw_pixels": 4 * block + BLOCK**2 * _FLOAT,  # queries and bank, and both scaled
+        "probe": total * features if config.probe_epochs else 0,
+    }
+    return (total + train) * (features + embedding), max(pieces.values())
+
+
+def _largest_map(model: SplitModel, variables: Variables, config: Config) -> int:
+    """Bytes of the largest output of a layer, for one image."""
+
+    def outputs(net: nn.Module, params: Params, x: Any) -> tuple[Any, Any]:
+        apply = partial(net.apply, capture_intermediates=True, mutable="intermediates")
+        return jax.eval_shape(apply, {"params": params}, x)
+
+    latents, client = outputs(model.client, variables.client, _images(config))
+    _, server = outputs(model.server, variables.server, latents)
+    layers = jax.tree.leaves((client, server))
+    return max(_bytes(layer) for layer in layers) // config.batch_size
+
+
+def _convolutions(variables: Variables) -> int:
+    """Layers with a kernel (height, width, in, out)."""
+    return sum(x.ndim == 4 for x in jax.tree.leaves((variables.client, variables.server)))
 
 
 def _bytes(tree: Any) -> int:

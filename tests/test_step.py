@@ -529,6 +529,8 @@ def test_a_dispatch_equals_its_steps_one_by_one(poison):
         state, expected = STEP(method, state, batch, rates(0.05 * factor, 0.02 * factor), sync_now)
         np.testing.assert_allclose(output.loss[s], expected.loss, rtol=1e-4)
         np.testing.assert_allclose(output.accuracy[s], expected.accuracy, rtol=1e-5)
+        np.testing.assert_allclose(output.learning_rate[s], 0.05 * factor, rtol=1e-5)
+    assert output.learning_rate.shape == (3,) and output.learning_rate.dtype == jnp.float32
     assert after.step == state.step == 5
     assert_close(after.replace(step=0), state.replace(step=0), "dispatch")
 
@@ -579,6 +581,13 @@ def test_chunks_of_the_cohort_give_the_whole_step(loss, shared, aligned):
         expected, wanted = STEP(whole, expected, *arguments)
         assert_close(output, wanted, "output", 3e-5)
         assert_close(state, expected, "state", 3e-5)
+
+
+def test_a_batch_norm_head_allows_no_chunks():
+    normed = tiny_model("largeV2")
+    assert tiny_method("server", model=normed).cohort_chunks == 1
+    with pytest.raises(ValueError, match=r"cohort_chunks = 2.*BatchNorm"):
+        tiny_method("server", model=normed, cohort_chunks=2)
 
 
 def test_stateless_clients_are_persistent_ones_with_zeroed_buffers():

@@ -71,6 +71,13 @@ def test_a_padding_slot_gets_the_average_and_does_not_enter_it():
     assert_untouched(average(changed, weights), average(start, weights))
 
 
+def test_no_backend_may_average_in_fewer_bits():
+    lowered = jax.jit(average).lower(tree(0, SLOTS), jnp.ones(SLOTS)).as_text()
+    products = [line for line in lowered.splitlines() if "dot_general" in line]
+    assert len(products) == len(jax.tree.leaves(tree(0)))
+    assert all("HIGHEST" in line and "DEFAULT" not in line for line in products)
+
+
 # ----------------------------------------------------------- the population, from round to round
 
 CLIENTS, ROWS, WIDTH = 5, 4, 2

@@ -34,11 +34,16 @@ class Normalisation(NamedTuple):
 
 
 class DispatchOutput(NamedTuple):
-    """loss, accuracy: (S,) of each step, before its update. finite: () bool, whether every loss and
-    every online parameter at the end is finite."""
+    """What a dispatch of S steps tells.
+
+    loss, accuracy: (S,) of each step, before its update. learning_rate: (S,) float32, the server's
+    rate in each step. finite: () bool, whether every loss and every online parameter at the end is
+    finite.
+    """
 
     loss: jax.Array
     accuracy: jax.Array
+    learning_rate: jax.Array
     finite: jax.Array
 
 
@@ -93,12 +98,12 @@ def run_dispatch(
         rates = Rates(program.learning_rate * factor, program.client_learning_rate * factor)
         batch = Batch(query, key, mask_CB, jnp.asarray(inputs.sync_weight))
         state, output = train_step(program.method, state, batch, rates, sync_now)
-        return state, (output.loss, output.accuracy)
+        return state, (output.loss, output.accuracy, rates.server)
 
     steps = tuple(jnp.asarray(x) for x in (inputs.images, inputs.mask, inputs.sync_now))
-    state, (loss, accuracy) = jax.lax.scan(one_step, state, steps)
+    state, (loss, accuracy, learning_rate) = jax.lax.scan(one_step, state, steps)
     finite = program.method.axes.all(_all_finite((loss, state.server, state.cohort)))
-    return state, DispatchOutput(loss, accuracy, finite)
+    return state, DispatchOutput(loss, accuracy, learning_rate, finite)
 
 
 def _augmented(

@@ -49,6 +49,13 @@ class Method:
     cohort_chunks: int = 1
     axes: Axes = NO_MESH
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError: parts of a cohort with a BatchNorm head."""
+        if self.cohort_chunks > 1 and self.model.head.batch_norm:
+            raise ValueError(
+                f"cohort_chunks = {self.cohort_chunks}: a BatchNorm head sees all rows at once: 1"
+            )
+
 
 class Batch(NamedTuple):
     """Inputs of one step.

@@ -20,7 +20,9 @@ def average(tree_C: Any, weight_C: jax.Array, axes: Axes = NO_MESH) -> Any:
     share_C = weight_C / axes.sum(jnp.sum(weight_C))
 
     def mean(x: jax.Array) -> jax.Array:
-        summed = axes.vary(axes.sum(jnp.tensordot(share_C, x, axes=1)))
+        # Full float32: parameters must not lose bits to a backend's short matrix products.
+        summed = jnp.tensordot(share_C, x, axes=1, precision=jax.lax.Precision.HIGHEST)
+        summed = axes.vary(axes.sum(summed))
         return jnp.broadcast_to(summed, x.shape)
 
     return jax.tree.map(mean, tree_C)

@@ -1,0 +1,129 @@
+"""The estimate of a run's memory, against counts by hand and the arrays themselves."""
+
+import dataclasses
+
+import pytest
+
+from mocosfl_jax.config import Config, check_types, default_config
+from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.evaluation.raw_pixels import BLOCK
+from mocosfl_jax.plan import Memory, estimate_memory, plan
+from mocosfl_jax.resolve import resolve
+
+INFO = DatasetInfo("images", num_train=700, num_test=90, image_size=12, num_classes=3)
+PIXELS = 12 * 12 * 3
+FIELDS = {
+    "num_clients": 6,
+    "cohort_size": 6,
+    "batch_size": 5,
+    "steps_per_round": 8,
+    "steps_per_dispatch": 4,
+    "rounds": 2,
+    "width": 4,
+    "blocks_per_stage": (1, 1),
+    "stem": "3x3s1",
+    "head_width": 16,
+    "queue_length": 60,
+    "probe_epochs": 2,
+    "cohort_chunks": 1,
+}
+CLIENT, FEATURES, EMBEDDING = 3 * 3 * 3 * 4 + 2 * 4, 8, 16  # client: the stem and its GroupNorm
+
+
+def resolved(info: DatasetInfo = INFO, **fields) -> Config:
+    raw = default_config()
+    raw.update({**FIELDS, **fields})
+    return resolve(check_types(raw), info)
+
+
+def memory(info: DatasetInfo = INFO, **fields) -> Memory:
+    config = resolved(info, **fields)
+    return estimate_memory(config, info, plan(config))
+
+
+def with_images(train: int, test: int, **fields) -> DatasetInfo:
+    return dataclasses.replace(INFO, num_train=train, num_test=test, **fields)
+
+
+def test_what_the_run_holds_by_hand():
+    found = memory()
+    assert found.images == 790 * PIXELS
+    assert found.inputs == 2 * (4 * 6 * 5) * PIXELS
+    assert found.encoded == (790 + 700) * (FEATURES + EMBEDDING) * 4
+
+
+def test_state_by_hand():
+    """Models, momentum models and buffers; between rounds clients share one model."""
+    config = resolved()
+    sizes = plan(config)
+    clients = 6 * 3 * CLIENT + (1 + 6 * 2) * CLIENT
+    others = 3 * sizes.server_params + 60 * EMBEDDING
+    integers = 6 + 2  # cohort ids; the queue's pointer and the step
+    found = estimate_memory(config, INFO, sizes)
+    assert found.state == found.saved_copy == 4 * (clients + others + integers)
+
+
+def test_the_compiler_needs_more_for_more_convolutions():
+    """A stage more: two convolutions, and a projected shortcut."""
+    two, three = memory(), memory(blocks_per_stage=(1, 1, 1))
+    assert three.compiler - two.compiler == 3 * 48_000_000
+    assert two.compiler == (180 + 6 * 48) * 10**6
+    assert two.process == three.process
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_step_holds_the_activations_of_one_part(chunks):
+    config = resolved(cohort_chunks=chunks)
+    sizes, whole = plan(config), plan(resolved())
+    assert sizes.activation_bytes == whole.activation_bytes // chunks
+    views, gradients = 2 * (6 * 5) * PIXELS * 4, 6 * CLIENT * 4
+    server_models = 3 if chunks == 1 else 4
+    expected = views + gradients + server_models * 4 * sizes.server_params
+    found = estimate_memory(config, INFO, sizes)
+    assert found.step == sizes.activation_bytes + expected
+    assert sizes.client_params == CLIENT
+
+
+def test_the_largest_piece_of_an_evaluation_counts():
+    raw_pixels = 4 * BLOCK * PIXELS * 4 + BLOCK**2 * 4
+    assert memory().evaluation == raw_pixels
+
+    many = with_images(200_000, 90)
+    assert memory(many).evaluation == 200_000 * EMBEDDING * 4 + 500 * 200_000 * 4
+
+    sizes = plan(resolved())
+    network = 4 * (sizes.client_params + sizes.server_params)
+    batch = 2 * 30_000 * PIXELS + 4 * 30_000 * (12 * 12 * 4) * 4
+    assert memory(eval_batch_size=30_000).evaluation == batch + network
+
+    big = with_images(700, 90, image_size=96)  # compared at 32x32
+    assert memory(big, eval_batch_size=1).evaluation == 4 * BLOCK * 3072 * 4 + BLOCK**2 * 4
+
+
+@pytest.mark.parametrize("info", [with_images(700, 0), with_images(700, 90, num_classes=None)])
+def test_no_evaluation_takes_no_memory(info):
+    found = memory(info)
+    assert found.encoded == found.evaluation == 0
+
+
+def test_training_and_evaluation_take_turns():
+    """Every part has a digit of its own."""
+    parts = Memory(
+        process=1,
+        compiler=20,
+        images=300,
+        state=4_000,
+        saved_copy=50_000,
+        inputs=600_000,
+        step=7_000_000,
+        encoded=0,
+        evaluation=0,
+    )
+    assert parts.total == 7_654_321
+    assert parts.device == 7_654_000
+    assert parts.host == 650_321
+
+    evaluated = dataclasses.replace(parts, encoded=80_000_000, evaluation=900_000_000)
+    assert evaluated.total == 980_004_321
+    assert evaluated.device == 900_004_000
+    assert evaluated.host == 80_000_321
