@@ -29,7 +29,7 @@ from mocosfl_jax.config import Config
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.data.feed import Dispatch, dispatches
-from mocosfl_jax.data.partition import ClientImages, by_classes
+from mocosfl_jax.data.partition import by_classes
 from mocosfl_jax.placement import axes_of, make_placement
 from mocosfl_jax.processes import use_compilation_cache
 from mocosfl_jax.rounds import Cohort, place_inputs, run_constants
@@ -63,7 +63,8 @@ class Rounds:
 
     def __init__(self, config: Config, data: Dataset):
         started = time.perf_counter()
-        self.partition: ClientImages = partition_of(config, data)
+        train = data.train
+        self.partition = partition_of(config, len(train.images), train.labels)
         self.sampler = CohortSampler(self.partition, config.cohort_size, config.seed)
         self.partition_seconds = time.perf_counter() - started
         self.samples = config.cohort_size * config.batch_size * STEPS

@@ -108,7 +108,7 @@ class OneDispatch:
         program = program_of(config, axes_of(server_shards), devices)
         cohort = Cohort(config, self.placement, program)
         data = random_images(config)
-        partition = partition_of(config, data)
+        partition = partition_of(config, len(data.train.images), data.train.labels)
         sampler = CohortSampler(partition, config.cohort_size, config.seed)
         first = next(dispatches(config, partition, sampler, cohort.slots, 0))
         first, ids, inputs = place_inputs(self.placement, data.train.images, first)

@@ -1,27 +1,35 @@
 """Command line: `python -m mocosfl_jax.main --config configs/X.py --workdir DIR`.
 
-Options: --config.FIELD=VALUE overrides a field of the config file; --dry_run prints what would run.
+Options: --config.FIELD=VALUE overrides a field of the config file, --config.FIELD=None unsets it;
+--dry_run prints what would run, after every check that needs no pixels.
 On several hosts, one such command on each: --multihost takes their addresses from the environment
 (Slurm, Kubernetes, TPU, Open MPI); else --coordinator=HOST:PORT --num_processes=N --process_id=I.
-Exit status: 0 done; 1 the run failed; 2 bad input, one line on stderr; 143 stopped by a signal, the
-state saved, and the same command resumes; 130 interrupted outside training, the same.
+Exit status: 0 done; 1 the run failed, or a file could not be written; 2 bad input, one line on
+stderr; 143 stopped by a signal, the state saved, and the same command resumes; 130 interrupted
+outside training, the same.
 """
 
 import dataclasses
 import os
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mocosfl_jax.commandline import parse
+from mocosfl_jax.console import quiet_libraries, unbreakable_output
 from mocosfl_jax.errors import InputError
 
 if TYPE_CHECKING:
     from mocosfl_jax.config import Config
+    from mocosfl_jax.data.dataset import Prepared
+    from mocosfl_jax.processes import Startup
+    from mocosfl_jax.workdir import Stored, WorkDir
 
-BAD_INPUT, INTERRUPTED, STOPPED = 2, 130, 143
+FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 1, 2, 130, 143
 
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
@@ -31,25 +39,29 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         "config", None, "Config file.", flag_values=values, sys_argv=argv
     )
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    _define_common_flags(values)
+    return values
+
+
+def _define_common_flags(values: flags.FlagValues) -> None:
+    """Those that are read before the config file is loaded."""
     flags.DEFINE_bool("multihost", False, "Join the processes of the cluster.", flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "Processes of the run.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "Of this process, from 0.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Print what would run, and stop.", flag_values=values)
     flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
-    return values
 
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
     try:
-        values = _parse(argv)
-        if values.help:
-            print(__doc__)
-            return 0
-        if not values.dry_run:
-            _join_processes(values)
-        return _run(values.config, values.workdir, values.dry_run)
+        if not _join_processes(argv):
+            return _command(argv)
+        from mocosfl_jax.processes import shared_refusals
+
+        with shared_refusals() as startup:
+            return _command(argv, startup)
     except InputError as error:
         print(f"mocosfl_jax: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -58,67 +70,183 @@ def main(argv: list[str]) -> int:
         return INTERRUPTED
 
 
-def _parse(argv: list[str]) -> flags.FlagValues:
-    """Raises: InputError: as `parse`, or a flag that is needed is missing."""
+def _join_processes(argv: list[str]) -> bool:
+    """Joins before the rest of the command line is read, so that all learn what one refuses.
+
+    Returns: whether there are other processes to join.
+    Raises: InputError: as `initialize`, or a flag of another type.
+    """
+    values = flags.FlagValues()
+    _define_common_flags(values)
+    try:
+        values(argv, known_only=True)
+    except flags.Error as error:
+        raise InputError("command line", " ".join(argv[1:]), str(error)) from None
+    place = (values.coordinator, values.num_processes, values.process_id)
+    alone = not values.multihost and place == (None, None, None)
+    if alone or values.dry_run or values.help:
+        return False  # without JAX, whose import takes a second: a typing mistake is answered soon
+    from mocosfl_jax.processes import initialize
+
+    initialize(values.multihost, *place)
+    return True
+
+
+def _command(argv: list[str], startup: "Startup | None" = None) -> int:
+    """Raises: InputError: as `parse`, a flag that is needed is missing, or the run is refused."""
     values = define_flags(argv)
     parse(values, argv)
     if values.help:
-        return values
+        print(__doc__)
+        return 0
     if values.config is None:
         raise InputError("--config", None, "a config file is needed, e.g. configs/quickstart.py")
-    if not values.workdir and not values.dry_run:
+    if values.dry_run:
+        return _dry_run(values.config, values.workdir)
+    if not values.workdir:
         raise InputError("--workdir", values.workdir, "a folder for the run is needed")
-    return values
+    return _run(values.config, _folder(values.workdir), startup)
 
 
-def _join_processes(values: flags.FlagValues) -> None:
-    from mocosfl_jax.processes import initialize
+def _folder(path: str) -> Path:
+    """Raises: InputError: a path that Orbax, which takes UTF-8, could not write to."""
+    if not path.isprintable():
+        raise InputError("--workdir", path, "a path of printable characters is needed")
+    return Path(path).expanduser().absolute()
 
-    initialize(values.multihost, values.coordinator, values.num_processes, values.process_id)
 
+def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Config, Prepared]":
+    """The resolved config and its data set, no image of which has been decoded.
 
-def _run(raw: ConfigDict, path: str, dry_run: bool) -> int:
+    Args: stored: the run that goes on, or None.
+    Raises: InputError: a field, or data, that cannot be used.
+    """
     # Imported here so that a typing mistake on the command line is answered at once.
-    from mocosfl_jax.build import data_options
+    from mocosfl_jax.build import data_options, deal
     from mocosfl_jax.config import check_types
-    from mocosfl_jax.data.sources import inspect_dataset, load_dataset
-    from mocosfl_jax.resolve import resolve
+    from mocosfl_jax.data.sources import prepare_dataset
+    from mocosfl_jax.resolve import check_fields
 
     config = check_types(raw)
-    options = data_options(config)
-    config = resolve(config, inspect_dataset(config.dataset, **options))
-    if dry_run:
-        _print_plan(config)
-        return 0
+    check_fields(config)
+    if stored is not None and config.holdout_fraction is None:
+        # Its rule has changed since version 0.1.0; a run keeps the images that it started with.
+        config = dataclasses.replace(config, holdout_fraction=stored.config.holdout_fraction)
+    prepared = prepare_dataset(config.dataset, **data_options(config))
+    config, _ = deal(config, prepared)
+    return config, prepared
 
-    from mocosfl_jax.processes import is_primary, use_compilation_cache
-    from mocosfl_jax.train import Interrupted, NonFiniteError, train
-    from mocosfl_jax.workdir import WorkDir
 
+def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
+    from mocosfl_jax.processes import Startup, is_primary, use_compilation_cache
+    from mocosfl_jax.storage import StorageError
+    from mocosfl_jax.summary import results_table
+    from mocosfl_jax.train import Interrupted, NonFiniteError, finished, train
+    from mocosfl_jax.workdir import WorkDir, read_stored
+
+    config, prepared = _settle(raw, read_stored(path))
     use_compilation_cache(config.compilation_cache)
     workdir = WorkDir(path, is_primary())
     try:
-        summary = train(config, load_dataset(config.dataset, **options), workdir)
+        summary = finished(config, prepared.info, workdir)
+        if summary is None:
+            summary = train(config, prepared.load(), workdir, startup or Startup())
+        elif is_primary():
+            print("this run is complete")
     except Interrupted as stop:
         print(f"mocosfl_jax: {stop}; the same command resumes", file=sys.stderr)
         return STOPPED
     except NonFiniteError as error:
         print(f"mocosfl_jax: {error}; what was saved before stays", file=sys.stderr)
-        return 1
+        return FAILED
+    except StorageError as error:
+        print(f"mocosfl_jax: {error}; {_saved(workdir)}", file=sys.stderr)
+        return FAILED
     finally:
         workdir.close()
     if is_primary():
-        for name, value in summary.items():
-            print(f"{name}: {value}")
+        print(results_table(summary))
     return 0
 
 
-def _print_plan(config: "Config") -> None:
-    from mocosfl_jax.plan import plan
+def _saved(workdir: "WorkDir") -> str:
+    from mocosfl_jax.checkpoint import saved_steps
+
+    steps = saved_steps(workdir.checkpoints_path)
+    saved = f"step {steps[0]} is saved" if steps else "no step is saved yet"
+    return f"{saved}, and the same command resumes once there is room"
+
+
+# --------------------------------------------------------------------------------------- dry run
+
+
+def _dry_run(raw: ConfigDict, path: str | None) -> int:
+    """Prints the plan, after every check that needs no pixels.
+
+    Devices and memory may be those of another machine: what does not fit here is a line, no error.
+    """
+    from mocosfl_jax.workdir import read_stored
+
+    folder = _folder(path) if path else None
+    config, prepared = _settle(raw, read_stored(folder) if folder else None)
+    if folder is not None:
+        _check_folder(folder, config, prepared)
+    _print_plan(config, prepared)
+    for check in _machine_checks(config, prepared):
+        try:
+            check()
+        except InputError as error:
+            print(f"not on this machine: {error}")
+    return 0
+
+
+def _check_folder(folder: Path, config: "Config", prepared: "Prepared") -> None:
+    """Raises: InputError: a run there would be refused."""
+    from mocosfl_jax.metrics import read_metrics
+    from mocosfl_jax.workdir import WorkDir, check_free, check_resumable
+
+    check_free(folder)
+    workdir = WorkDir(folder, primary=False)
+    workdir.claim(config, prepared.info)
+    read_metrics(workdir.metrics_path)
+    check_resumable(workdir)
+
+
+def _machine_checks(config: "Config", prepared: "Prepared") -> Iterator[Callable[[], None]]:
+    from mocosfl_jax.build import program_of
+    from mocosfl_jax.data.sources import check_memory
+    from mocosfl_jax.machine import device_memory_bytes
+    from mocosfl_jax.placement import axes_of, make_placement, single_device
+    from mocosfl_jax.plan import check_fits
+    from mocosfl_jax.rounds import Cohort
+
+    def devices() -> None:
+        make_placement(config.devices, config.server_shards)
+
+    def state() -> None:
+        placement = single_device()
+        program = program_of(config, axes_of(1), placement.devices)
+        cohort = Cohort(config, placement, program)
+        check_fits(config, cohort.bytes_a_device(), device_memory_bytes())
+
+    yield devices
+    yield lambda: check_memory(prepared.info)
+    yield state
+
+
+def _print_plan(config: "Config", prepared: "Prepared") -> None:
+    import jax
+
+    from mocosfl_jax.plan import estimate_memory, plan
 
     for name, value in dataclasses.asdict(config).items():
         print(f"{name}: {value}")
     sizes = plan(config)
+    memory = estimate_memory(config, prepared.info, sizes)
+    on_device = (
+        f"{memory.device / 1e9:.2f} GB on the device, {memory.host / 1e9:.2f} GB on the host"
+    )
+    one_memory = f"{memory.total / 1e9:.2f} GB"
     sync_every = config.steps_per_round / config.syncs_per_round
     print(
         f"""
@@ -129,10 +257,12 @@ client parameters: {sizes.client_params:,}
 server parameters: {sizes.server_params:,}
 sent by a client in a round: {sizes.bytes_up_per_client_round / 1e6:.2f} MB
 received by a client in a round: {sizes.bytes_down_per_client_round / 1e6:.2f} MB
-estimated memory: {sizes.memory_bytes / 1e9:.2f} GB beside the images"""
+estimated memory: {one_memory if jax.default_backend() == "cpu" else on_device}"""
     )
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    quiet_libraries()
+    unbreakable_output()
     sys.exit(main(sys.argv))

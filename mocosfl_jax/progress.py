@@ -19,8 +19,9 @@ class Progress:
         self._total = config.total_steps
         self._wanted = config.progress and speaks
         self._bar: tqdm | None = None
-        self._step = self._first_step = 0
-        self._started = self._last_line = time.monotonic()
+        self._step = 0
+        self._first: tuple[int, float] | None = None  # step and time at the first dispatch's end
+        self._last_line = time.monotonic()
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
@@ -30,25 +31,32 @@ class Progress:
 
     def start(self, step: int) -> None:
         """The loop starts at this step."""
-        self._step = self._first_step = step
-        self._started = self._last_line = time.monotonic()
+        self._step, self._last_line = step, time.monotonic()
         if self._wanted and sys.stdout.isatty():
             self._bar = tqdm(total=self._total, initial=step, unit="step", file=sys.stdout)
 
     def advance(self, steps: int, loss: float, images_per_second: float) -> None:
         """So many more steps are done; loss of the last one."""
         self._step += steps
+        now = time.monotonic()
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {images_per_second:.0f} images/s", False)
             self._bar.update(steps)
-        elif self._wanted and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            pace = (self._last_line - self._started) / (self._step - self._first_step)
-            left = tqdm.format_interval(pace * (self._total - self._step))
+        elif self._wanted and now - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = now
             self.say(
                 f"step {self._step} of {self._total}: loss {loss:.3f}, "
-                f"{images_per_second:.0f} images/s, {left} left"
+                f"{images_per_second:.0f} images/s{self._time_left(now)}"
             )
+        self._first = self._first or (self._step, now)
+
+    def _time_left(self, now: float) -> str:
+        """From the pace since the first dispatch ended, so that compilation is left out."""
+        if self._first is None:
+            return ""
+        step, started = self._first
+        pace = (now - started) / (self._step - step)
+        return f", {tqdm.format_interval(pace * (self._total - self._step))} left"
 
     def close(self) -> None:
         if self._bar is not None:

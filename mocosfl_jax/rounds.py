@@ -15,6 +15,7 @@ from mocosfl_jax.config import Config
 from mocosfl_jax.core.dispatch import Images, Normalisation, Program
 from mocosfl_jax.core.state import TrainState, begin_round, end_round, with_slots
 from mocosfl_jax.data.feed import Dispatch
+from mocosfl_jax.models.split import Variables
 from mocosfl_jax.placement import Placement
 from mocosfl_jax.randomness import Stream, device_key
 
@@ -88,6 +89,14 @@ class Cohort:
             shapes,
             self._saved,
         )
+
+    def network(self, state: TrainState, step: int) -> Variables:
+        """The online network at a step: the server's half, and the clients' common model; within a
+        round, when they differ, the mean of the cohort's."""
+        client, cohort = state.population.params, slice(self._config.cohort_size)
+        if step % self._config.steps_per_round:
+            client = jax.tree.map(lambda x: x[cohort].mean(axis=0), state.cohort.params)
+        return Variables(client, state.server.params, state.server.stats)
 
     def _with(self, slots: int) -> Callable[[TrainState], TrainState]:
         return partial(with_slots, slots=slots, num_clients=self._config.num_clients)

@@ -1,53 +1,186 @@
-"""The files of a run: DIR/config.json, metrics.jsonl, summary.json, TensorBoard, the lock."""
+"""The folder of a run: what lies where, whose it is, and what a restart must agree with."""
 
+import dataclasses
 import fcntl
-import json
 import os
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from mocosfl_jax.config import EXECUTION_FIELDS
+from mocosfl_jax.checkpoint import has_unfinished, saved_steps
+from mocosfl_jax.config import Config, config_from_json, differences
+from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.data.fingerprint import difference
+from mocosfl_jax.encoder import encoder_step
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.metrics import read_metrics
+from mocosfl_jax.storage import read_json, write_json
+
+
+class Stored(NamedTuple):
+    """What a run's folder says of it.
+
+    config: resolved. data: fingerprint of its data set; None in a folder of version 0.1.0.
+    """
+
+    config: Config
+    data: dict[str, Any] | None
 
 
 class WorkDir:
     """A run's folder, held by one run at a time; of its processes the primary one writes.
 
-    Raises: InputError: the folder cannot be written, is in use by a running process, or belongs to
-    a run with another config.
+    Raises: InputError: the folder cannot be written, or is in use by a running process.
     """
 
     def __init__(self, path: str | Path, primary: bool = True):
         self.primary = primary
         self.path = Path(path).expanduser().absolute()
         self.config_path = self.path / "config.json"
+        self.data_path = self.path / "dataset.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.summary_path = self.path / "summary.json"
         self.encoder_path = self.path / "encoder.safetensors"
         self.checkpoints_path = self.path / "checkpoints"
+        self.tensorboard_path = self.path / "tensorboard"
         self._lock = hold(self.path) if primary else None
 
-    def claim(self, config: dict[str, Any]) -> None:
-        """Writes the resolved config, or checks it against the one of the run that lies here.
+    def claim(self, config: Config, info: DatasetInfo) -> Config:
+        """Checks that the folder is free or holds this very run; changes nothing.
 
-        Raises: InputError: a field that is not an execution field differs.
+        Args: config: resolved, but for mean and std. info: of its data set.
+        Returns: the config, with mean and std of the run that lies here where they are unset.
+        Raises: InputError: another config or data set, or files that cannot be read.
         """
-        config = json.loads(json.dumps(config))
-        if self.config_path.exists():
-            stored = read_json(self.config_path)
-            names = sorted((stored.keys() | config.keys()) - EXECUTION_FIELDS)
-            changed = [n for n in names if stored.get(n) != config.get(n)]
-            if changed:
-                values = ", ".join(f"{n} {stored.get(n)!r} -> {config.get(n)!r}" for n in changed)
-                raise InputError(
-                    "--workdir", str(self.path), f"holds a run with another config ({values})"
-                )
+        _check_files(self)
+        stored = self.stored()
+        if stored is None:
+            return config
+        moved = stored.config.dataset != config.dataset
+        if stored.data is not None:
+            if change := difference(stored.data, info.fingerprint):
+                allowed = f"the run in {self.path} was started on other data: {change}"
+                raise InputError("config.dataset", config.dataset, allowed)
+            config = with_stored_stats(config, stored.config)
+        elif moved and _kind(stored.config.dataset) != _kind(config.dataset):
+            raise self._another([f"dataset {stored.config.dataset!r} -> {config.dataset!r}"])
+        self.check_same(config)
+        return config
+
+    def stored(self) -> Stored | None:
+        """What lies here; None: no run.
+
+        Raises: InputError: files that cannot be read.
+        """
+        return read_stored(self.path)
+
+    def record(self, config: Config, info: DatasetInfo) -> None:
+        """Writes the config, complete, and the data set's fingerprint.
+
+        Raises: StorageError.
+        """
         if self.primary:
-            write_json(self.config_path, config)
+            names = list(info.class_names) if info.class_names else None
+            write_json(self.data_path, {"class_names": names, "fingerprint": info.fingerprint})
+            write_json(self.config_path, dataclasses.asdict(config))
 
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
+
+    def check_same(self, config: Config) -> None:
+        """Compares a config with that of the run that lies here, if one does: all but the path of
+        the data set, and mean and std where they are unset.
+
+        Raises: InputError: names what differs.
+        """
+        stored = self.stored()
+        if stored is None:
+            return
+        same_path = dataclasses.replace(stored.config, dataset=config.dataset)
+        changed = differences(same_path, with_stored_stats(config, stored.config))
+        if changed:
+            raise self._another(changed)
+
+    def _another(self, changed: list[str]) -> InputError:
+        allowed = f"holds a run with another config ({', '.join(changed)})"
+        return InputError("--workdir", str(self.path), allowed)
+
+
+def read_stored(path: Path) -> Stored | None:
+    """What a folder says of the run in it; None: there is none.
+
+    Raises: InputError: files that cannot be read.
+    """
+    config_path, data_path = path / "config.json", path / "dataset.json"
+    if not config_path.exists():
+        return None
+    config = config_from_json(read_json(config_path), str(config_path))
+    if not data_path.exists():
+        return Stored(config, None)
+    data = read_json(data_path).get("fingerprint")
+    if not isinstance(data, dict):
+        raise InputError(str(data_path), data, "the fingerprint of a data set is needed")
+    return Stored(config, data)
+
+
+def with_stored_stats(config: Config, stored: Config) -> Config:
+    """Mean and std of a run where the config leaves them unset."""
+    return dataclasses.replace(
+        config,
+        mean=stored.mean if config.mean is None else config.mean,
+        std=stored.std if config.std is None else config.std,
+    )
+
+
+def check_resumable(workdir: WorkDir) -> None:
+    """Refuses a folder whose checkpoints are gone though it had some.
+
+    A run that was killed before its first checkpoint leaves metrics and perhaps an unfinished one,
+    and starts anew.
+
+    Raises: InputError.
+    """
+    folder = workdir.checkpoints_path
+    if saved_steps(folder):
+        return
+    lines = any(step > 0 for step in read_metrics(workdir.metrics_path))
+    had_some = {
+        workdir.summary_path: workdir.summary_path.exists(),
+        workdir.encoder_path: _was_saved(workdir.encoder_path) and not has_unfinished(folder),
+        workdir.metrics_path: lines and not folder.exists(),
+    }
+    for path, proves in had_some.items():
+        if proves:
+            allowed = f"no checkpoint lies beside {path.name}: put it back, or take another folder"
+            raise InputError("--workdir", str(workdir.path), allowed)
+
+
+def _was_saved(encoder: Path) -> bool:
+    """Whether an encoder file was written with a checkpoint; one of step 0 never is."""
+    return encoder.exists() and encoder_step(encoder) != 0
+
+
+def _check_files(workdir: WorkDir) -> None:
+    """Raises: InputError: a folder lies where a file of the run belongs, or the reverse."""
+    files = (
+        workdir.config_path,
+        workdir.data_path,
+        workdir.metrics_path,
+        workdir.summary_path,
+        workdir.encoder_path,
+    )
+    for path in files:
+        if path.exists() and not path.is_file():
+            raise InputError(str(path), "no file", "a file of the run is needed here, or nothing")
+    for path in (workdir.checkpoints_path, workdir.tensorboard_path):
+        if path.exists() and not path.is_dir():
+            raise InputError(str(path), "no folder", "a folder of the run is needed, or nothing")
+
+
+def _kind(dataset: str) -> str:
+    """`folder` or `npz` for a path, else the name itself."""
+    scheme, _, path = dataset.partition(":")
+    return scheme if path and scheme in ("folder", "npz") else dataset
 
 
 def hold(folder: Path) -> TextIO:
@@ -58,8 +191,8 @@ def hold(folder: Path) -> TextIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
-    except OSError as error:
-        allowed = f"cannot be written: {error.strerror}"
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        allowed = f"cannot be written: {getattr(error, 'strerror', None) or error}"
         raise InputError("--workdir", str(folder), allowed) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,99 +203,14 @@ def hold(folder: Path) -> TextIO:
     return lock
 
 
-class NoMetrics:
-    """Takes no notes."""
+def check_free(folder: Path) -> None:
+    """Whether `hold` would succeed, for a dry run: nothing is made or kept.
 
-    def add(self, step: int, **values: float) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Metrics(NoMetrics):
-    """DIR/metrics.jsonl, one JSON object a line and one line a step, and TensorBoard scalars.
-
-    What is added for one step is merged into its line, `last`, which is the last one of the file.
+    Raises: InputError: as `hold`.
     """
-
-    def __init__(self, workdir: WorkDir, step: int, tensorboard: bool):
-        """Cuts the file back to `step`, that of the checkpoint from which the run resumes."""
-        path = workdir.metrics_path
-        kept = _lines_up_to(path, step) if step else []
-        self.last: dict[str, Any] = kept.pop() if kept else {}
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
-        self._offset = self._file.tell()  # where the last line starts
-        self._write_last()
-        self._board = None
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(workdir.path / "tensorboard"), purge_step=step + 1)
-
-    def add(self, step: int, **values: float) -> None:
-        if self.last.get("step", step) != step:
-            self._write_last()
-            self._offset, self.last = self._file.tell(), {}
-        self.last = {"step": step, **self.last, **values}
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-
-    def flush(self) -> None:
-        """Puts everything on disk."""
-        self._write_last()
-        self._file.flush()
-        if self._board is not None:
-            self._board.flush()
-
-    def close(self) -> None:
-        self.flush()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-    def _write_last(self) -> None:
-        """Writes the last line anew; it may have grown since it was written."""
-        self._file.truncate(self._offset)
-        self._file.seek(self._offset)
-        if self.last:
-            self._file.write(json.dumps(self.last) + "\n")
-
-
-def open_metrics(workdir: WorkDir, step: int, tensorboard: bool) -> NoMetrics:
-    """`Metrics` of the primary process; the others take no notes."""
-    return Metrics(workdir, step, tensorboard) if workdir.primary else NoMetrics()
-
-
-def _lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a metrics file up to a step, without one that a killed process left torn."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if line["step"] <= step:
-            lines.append(line)
-    return lines
-
-
-def read_json(path: Path) -> Any:
-    """Raises: InputError: the file is no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(str(path), "unreadable", f"JSON is needed: {error}") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file at once: a reader sees the old text or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    if (folder / ".lock").exists():
+        hold(folder).close()
+        return
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError("--workdir", str(folder), "cannot be written")

@@ -15,11 +15,10 @@ import pytest
 
 from benchmarks.devices import collectives
 from mocosfl_jax.build import partition_of, program_of
-from mocosfl_jax.checkpoint import Checkpoints
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.feed import dispatches
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.placement import axes_of, make_placement, single_device
+from mocosfl_jax.placement import axes_of, make_placement
 from mocosfl_jax.progress import Progress
 from mocosfl_jax.rounds import Cohort, place_inputs, run_constants
 from mocosfl_jax.train import Interrupted, train
@@ -53,13 +52,7 @@ def run(folder: Path, npz: Path, **fields) -> dict:
 
 
 def saved_state(folder: Path, npz: Path):
-    """The last checkpoint, read with one device."""
-    config, _ = tiny.load(npz, **FIELDS)
-    cohort = Cohort(config, single_device(), program_of(config))
-    checkpoints = Checkpoints(folder / "checkpoints", 1)
-    state, _ = checkpoints.restore(cohort.abstract_unpadded(cohort.initial_state()))
-    checkpoints.close()
-    return state
+    return tiny.saved_state(folder, npz, **FIELDS)
 
 
 def assert_same_run(folder: Path, expected: Path, npz: Path) -> None:
@@ -98,13 +91,13 @@ def test_a_run_resumes_on_another_number_of_devices(before, after, npz, one, tmp
 
     def advance_and_stop(self, steps, loss, images_per_second):
         advance(self, steps, loss, images_per_second)
-        if self._step == 6:
+        if self._step == 2:
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(Progress, "advance", advance_and_stop)
-        with pytest.raises(Interrupted, match="stopped at step 9 of 12"):
-            run(tmp_path, npz, devices=before)
+        with pytest.raises(Interrupted, match="stopped at step 4 of 12"):
+            run(tmp_path, npz, devices=before, steps_per_dispatch=2)
     run(tmp_path, npz, devices=after)
     assert_same_run(tmp_path, one, npz)
 
@@ -139,7 +132,7 @@ def test_devices_exchange_gradients_keys_and_client_models_only(npz, loss, align
     config, dataset = tiny.load(npz, **{**FIELDS, **fields, "std": (0.5,) * 3})
     placement, program = make_placement(4, 1), program_of(config, axes_of(1))
     cohort = Cohort(config, placement, program)
-    partition = partition_of(config, dataset)
+    partition = partition_of(config, len(dataset.train.images), dataset.train.labels)
     sampler = CohortSampler(partition, config.cohort_size, config.seed)
     first = next(dispatches(config, partition, sampler, cohort.slots, 0))
     _, _, inputs = place_inputs(placement, dataset.train.images, first)
@@ -225,3 +218,16 @@ def test_two_processes_give_the_same_run_and_resume(npz, one, tmp_path):
     assert [p.returncode for p in both] == [0, 0], outputs
     assert_same_run(whole, one, npz)
     assert json.loads((whole / "summary.json").read_text())["processes"] == 2
+
+
+def test_a_refusal_of_one_process_reaches_the_other(npz, tmp_path):
+    """Process 0 finds the folder in use; before, the other one waited for it in vain."""
+    held = WorkDir(tmp_path)
+    both = processes(tmp_path, npz, 2)
+    outputs = [p.communicate(timeout=60) for p in both]
+    held.close()
+    assert [p.returncode for p in both] == [2, 2], outputs
+    assert [len(err.splitlines()) for _, err in outputs] == [1, 1]
+    assert "in use by a running process" in outputs[0][1]
+    assert "process 0 refused: --workdir" in outputs[1][1]
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

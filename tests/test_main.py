@@ -1,5 +1,6 @@
 """The command line: bad input gives one line on stderr and exit status 2, before anything runs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.main import main
 from mocosfl_jax.processes import initialize
+from mocosfl_jax.workdir import WorkDir
 from tests import tiny
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "cifar10.py")
@@ -73,7 +75,7 @@ def test_an_interrupt_outside_training_leaves_no_traceback(capsys, npz, monkeypa
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mocosfl_jax.data.sources.load_dataset", interrupted)
+    monkeypatch.setattr("mocosfl_jax.data.sources.prepare_dataset", interrupted)
     assert main(command(npz)) == 130
     _, err = capsys.readouterr()
     assert err == "mocosfl_jax: interrupted; the same command goes on\n"
@@ -152,3 +154,103 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(capsys, npz):
     ):
         assert text in out
     assert not (npz.parent / "run").exists()
+
+
+# -------------------------------------------------------------------------------------- dry run
+
+
+def dry_run(capsys, npz: Path, *overrides: str) -> tuple[int, list[str], list[str]]:
+    status = main(command(npz, "--dry_run", *overrides))
+    out, err = capsys.readouterr()
+    return status, out.splitlines(), err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        # a class of 20 images cannot give 21
+        (["--config.images_per_client=21", "--config.classes_per_client=1"], "images_per_client"),
+        # few of 40 clients get an image
+        (
+            [
+                "--config.classes_per_client=None",
+                "--config.dirichlet_alpha=0.001",
+                "--config.num_clients=40",
+                "--config.cohort_size=30",
+            ],
+            "config.cohort_size = 30",
+        ),
+    ],
+)
+def test_a_dry_run_refuses_what_the_labels_forbid(capsys, npz, overrides, words):
+    status, _, err = dry_run(capsys, npz, *overrides)
+    assert (status, len(err)) == (2, 1)
+    assert words in err[0]
+    assert not (npz.parent / "run").exists()
+
+
+def test_the_rule_for_the_cohort_counts_clients_with_images(capsys, npz):
+    fields = (
+        "classes_per_client=None",
+        "dirichlet_alpha=0.01",
+        "num_clients=40",
+        "queue_length=999",
+    )
+    status, out, _ = dry_run(capsys, npz, *(f"--config.{field}" for field in fields))
+    assert status == 0
+    (cohort,) = (line for line in out if line.startswith("cohort_size: "))
+    holders = int(cohort.removeprefix("cohort_size: "))
+    assert 1 <= holders < 40
+    argv = [f"--config.{field}" for field in (*fields, f"cohort_size={holders + 1}")]
+    assert dry_run(capsys, npz, *argv)[0] == 2
+
+
+def test_what_another_machine_may_have_is_a_line(capsys, npz):
+    status, out, err = dry_run(capsys, npz, "--config.devices=9")
+    assert (status, err) == (0, [])
+    assert "not on this machine: config.devices = 9: there are 8: 1 to 8" in out
+    status, out, _ = dry_run(capsys, npz, "--config.image_size=1000000", "--config.stem=7x7s2")
+    assert status == 0
+    assert any("not on this machine: config.image_size = 1000000" in line for line in out)
+
+
+def test_a_dry_run_looks_into_the_folder_and_changes_nothing(capsys, npz):
+    folder = npz.parent / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text("[]")
+    status, _, err = dry_run(capsys, npz)
+    assert (status, len(err)) == (2, 1) and "config.json" in err[0]
+    (folder / "config.json").unlink()
+    (folder / "summary.json").write_text("{}")
+    status, _, err = dry_run(capsys, npz)
+    assert status == 2 and "no checkpoint lies beside summary.json" in err[0]
+    (folder / "summary.json").unlink()
+    held = WorkDir(folder)
+    status, _, err = dry_run(capsys, npz)
+    assert status == 2 and "in use" in err[0]
+    held.close()
+    assert dry_run(capsys, npz)[0] == 0
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_finished_run_answers_with_its_table(capsys, npz):
+    argv = command(npz, "--config.rounds=1", "--config.steps_per_round=3")
+    assert main(argv) == 0
+    first = capsys.readouterr().out.splitlines()
+    assert main(argv) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert again[0] == "this run is complete"
+    assert again[1:] == first[-len(again) + 1 :]
+    assert again[1].startswith("3 steps in ")
+    assert again[2] == "top-1 % ± standard error, 20 test images:"
+    labels = [line[2:36].strip() for line in again[3:]]
+    assert labels == [
+        "kNN of raw pixels, at most 32x32",
+        "kNN of the untrained encoder",
+        "kNN",
+        "linear probe",
+    ]
+    summary = json.loads((npz.parent / "run" / "summary.json").read_text())
+    share = summary["linear_top1"] / 100
+    error = 100 * (share * (1 - share) / 20) ** 0.5
+    assert again[-1].split()[-3:] == [f"{100 * share:.2f}", "±", f"{error:.2f}"]

@@ -14,12 +14,9 @@ import pytest
 
 from mocosfl_jax import load_encoder, placement
 from mocosfl_jax.build import program_of
-from mocosfl_jax.checkpoint import Checkpoints
 from mocosfl_jax.core.dispatch import run_dispatch
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.placement import single_device
 from mocosfl_jax.progress import Progress
-from mocosfl_jax.rounds import Cohort
 from mocosfl_jax.train import Interrupted, NonFiniteError, train
 from mocosfl_jax.workdir import WorkDir
 from tests import tiny
@@ -39,15 +36,6 @@ def run(folder: Path, npz: Path, **fields) -> dict:
         return train(config, dataset, workdir)
     finally:
         workdir.close()
-
-
-def final_state(folder: Path, npz: Path, **fields):
-    config, _ = tiny.load(npz, **fields)
-    cohort = Cohort(config, single_device(), program_of(config))
-    checkpoints = Checkpoints(folder / "checkpoints", 1)
-    state, _ = checkpoints.restore(cohort.abstract_unpadded(cohort.initial_state()))
-    checkpoints.close()
-    return state
 
 
 def lines(folder: Path) -> list[dict]:
@@ -99,7 +87,7 @@ def test_resuming_in_mid_round_with_another_dispatch_length(npz, tmp_path, stop_
     assert 0 < done < 6
     run(tmp_path, npz, rounds=1, steps_per_dispatch=3)
     assert [line["step"] for line in lines(tmp_path)] == list(range(7))
-    assert int(final_state(tmp_path, npz, rounds=1).step) == 6
+    assert int(tiny.saved_state(tmp_path, npz, rounds=1).step) == 6
 
 
 def test_a_run_traces_its_dispatch_once(npz, tmp_path, monkeypatch):
@@ -116,7 +104,7 @@ def test_a_run_traces_its_dispatch_once(npz, tmp_path, monkeypatch):
 
 
 def test_queue_pointer_and_step_count(whole, npz):
-    state = final_state(whole, npz)
+    state = tiny.saved_state(whole, npz)
     assert int(state.step) == 18
     # 4 clients * 3 images * 2 views a step; both losses' keys
     assert int(state.queue.ptr) == 18 * 24 % 32
@@ -148,7 +136,8 @@ def test_sigterm_saves_and_resuming_is_bit_identical(whole, npz, tmp_path, stop_
     assert not (tmp_path / "summary.json").exists()
     run(tmp_path, npz)
     assert without_speed(lines(tmp_path)) == without_speed(lines(whole))
-    jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path, npz), final_state(whole, npz))
+    states = (tiny.saved_state(folder, npz) for folder in (tmp_path, whole))
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 KILLED = {"rounds": 12, "checkpoint_every": 2, "knn_every": 0, "probe_epochs": 0}
@@ -251,7 +240,7 @@ def test_every_kind_of_run_reaches_its_end(npz, tmp_path, fields):
 def test_encoder_is_the_trained_network(whole, npz):
     """The file's features are those of the final state, computed here without the encoder."""
     config, dataset = tiny.load(npz)
-    state = final_state(whole, npz)
+    state = tiny.saved_state(whole, npz)
     model = program_of(config).method.model
     pixels = dataset.test.images.astype(np.float64) / 255
     train_pixels = dataset.train.images.astype(np.float64) / 255

@@ -4,10 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mocosfl_jax.build import data_options
+from mocosfl_jax.build import data_options, program_of
+from mocosfl_jax.checkpoint import Identity, data_digest, find_newest
 from mocosfl_jax.config import Config, check_types, default_config
 from mocosfl_jax.data.sources import Dataset, inspect_dataset, load_dataset
+from mocosfl_jax.placement import single_device
 from mocosfl_jax.resolve import resolve
+from mocosfl_jax.rounds import Cohort
+from mocosfl_jax.workdir import read_stored
 
 FIELDS = {
     "num_clients": 4,
@@ -60,3 +64,15 @@ def load(npz: Path, **fields) -> tuple[Config, Dataset]:
     options = data_options(config)
     resolved = resolve(config, inspect_dataset(config.dataset, **options))
     return resolved, load_dataset(config.dataset, **options)
+
+
+def saved_state(folder: Path, npz: Path, **fields):
+    """State of the newest checkpoint of a run, read with one device; it must pass all checks."""
+    config, _ = load(npz, **fields)
+    cohort = Cohort(config, single_device(), program_of(config))
+    stored = read_stored(folder)
+    identity = Identity(stored.config, data_digest(stored.data))
+    shapes = cohort.abstract_unpadded(cohort.initial_state())
+    found = find_newest(folder / "checkpoints", shapes, identity)
+    assert not found.bad
+    return found.restored.state

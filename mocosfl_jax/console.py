@@ -1,0 +1,62 @@
+"""stdout and stderr of a command: lines of ours only, and no reader is needed to the end."""
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
+
+class _Unbreakable:
+    """A stream that goes on as if it had been read once its reader is gone."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _drop(self) -> None:
+        """From now on, and at exit, what is buffered goes nowhere: the exit status stays."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+def unbreakable_output() -> None:
+    """Makes stdout and stderr of this process such streams; call it once, at the start."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the process was started without it
+            stream = open(os.devnull, "w")  # noqa: SIM115  # open as long as the process
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Unbreakable(stream))
+
+
+def quiet_libraries() -> None:
+    """Drops what Orbax, TensorStore and asyncio print of files that turn out damaged, or of a disk
+    that is full: the errors themselves reach us, and are said in one line."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = _hook
+
+
+def _hook(found: "UnraisableHookArgs") -> None:
+    """Reads that were given up with an event loop still report to it."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)

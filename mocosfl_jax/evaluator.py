@@ -1,0 +1,81 @@
+"""The evaluation protocols on the state of a run."""
+
+from collections.abc import Callable
+
+from mocosfl_jax.config import Config
+from mocosfl_jax.data.dataset import Dataset
+from mocosfl_jax.evaluation.protocols import (
+    EvaluationData,
+    Splits,
+    encode_splits,
+    evaluation_data,
+    knn_monitor,
+    probe,
+    raw_pixel_knn,
+)
+from mocosfl_jax.metrics import Metrics
+from mocosfl_jax.models.split import SplitModel, Variables
+from mocosfl_jax.placement import Placement
+from mocosfl_jax.progress import Progress
+
+Results = dict[str, float | None]
+"""Accuracies in percent by their name in summary.json; None where a protocol was skipped."""
+
+
+class Evaluator:
+    """Runs the protocols, logs their numbers, and says once why they are skipped, if so."""
+
+    def __init__(
+        self,
+        config: Config,
+        placement: Placement,
+        model: SplitModel,
+        dataset: Dataset,
+        metrics: Metrics,
+        progress: Progress,
+        check_stop: Callable[[], None],
+    ):
+        """Args: check_stop: called between the pieces of an evaluation; may raise to end it."""
+        self._config, self._model, self._placement = config, model, placement
+        self._metrics, self._progress, self._check_stop = metrics, progress, check_stop
+        self._data = evaluation_data(dataset)
+        if isinstance(self._data, str):
+            progress.say(f"kNN and linear probe are skipped: {self._data}")
+
+    def knn(self, variables: Variables, step: int) -> float | None:
+        """kNN top-1 in percent, logged; None where it is skipped."""
+        if isinstance(self._data, str):
+            return None
+        return self._knn(self._encoded(variables, self._data), self._data, step)
+
+    def final(self, variables: Variables, step: int) -> Results:
+        """kNN and linear probe of the last model, features encoded once, and kNN of the images
+        themselves."""
+        results: Results = dict.fromkeys(
+            ("knn_top1", "linear_top1", "linear_top1_best_test_epoch", "knn_top1_raw_pixels")
+        )
+        data = self._data
+        if isinstance(data, str):
+            return results
+        splits = self._encoded(variables, data)
+        results["knn_top1"] = self._knn(splits, data, step)
+        results["knn_top1_raw_pixels"] = raw_pixel_knn(self._config, data, self._check_stop)
+        if self._config.probe_epochs:
+            result = probe(self._config, splits, data.num_classes, self._check_stop)
+            results["linear_top1"] = result.top1_last
+            results["linear_top1_best_test_epoch"] = result.top1_best_test_epoch
+            self._metrics.add(step, linear_top1=result.top1_last)
+        return results
+
+    def _encoded(self, variables: Variables, data: EvaluationData) -> Splits:
+        return encode_splits(
+            self._config, self._model, variables, data, self._placement, self._check_stop
+        )
+
+    def _knn(self, splits: Splits, data: EvaluationData, step: int) -> float:
+        top1 = knn_monitor(
+            self._config, splits, data.num_classes, self._placement, self._check_stop
+        )
+        self._metrics.add(step, knn_top1=top1)
+        self._progress.say(f"step {step} of {self._config.total_steps}: kNN {top1:.2f} %")
+        return top1

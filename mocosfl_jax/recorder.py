@@ -1,0 +1,96 @@
+"""Logs, clocks and checks dispatches, one behind the device so that it never idles."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from mocosfl_jax.checkpoint import Clock
+from mocosfl_jax.core.dispatch import DispatchOutput
+from mocosfl_jax.data.feed import Dispatch
+from mocosfl_jax.metrics import Metrics
+from mocosfl_jax.progress import Progress
+
+
+class NonFiniteError(ArithmeticError):
+    """Training diverged; the message names the step."""
+
+
+class _Pending(NamedTuple):
+    """A dispatch that may still run. ready: when all of its outputs were there, monotonic."""
+
+    dispatch: Dispatch
+    output: DispatchOutput
+    ready: Future[float]
+
+
+class Recorder:
+    """Settles each dispatch while the next one runs.
+
+    A dispatch takes from the end of the one before, or from `start_lap`, to its own end, which a
+    thread waits for: the loop itself may be held up by launching the next one.
+    """
+
+    def __init__(self, metrics: Metrics, clock: Clock, progress: Progress):
+        self._metrics, self._clock, self._progress = metrics, clock, progress
+        self._watch = ThreadPoolExecutor(max_workers=1)
+        self._pending: _Pending | None = None
+        self._lap = time.monotonic()
+
+    def start_lap(self) -> None:
+        """Leaves out of the training time what was done since the last dispatch."""
+        self._lap = time.monotonic()
+
+    def push(self, dispatch: Dispatch, output: DispatchOutput) -> None:
+        """Takes note of a running dispatch and settles the one before.
+
+        Raises: NonFiniteError; StorageError.
+        """
+        ready = self._watch.submit(_when_ready, output)
+        self.drain()
+        self._pending = _Pending(dispatch, output, ready)
+
+    def drain(self) -> None:
+        """Waits for the pending dispatch, checks it and logs its steps.
+
+        Raises: NonFiniteError; StorageError.
+        """
+        if self._pending is None:
+            return
+        (dispatch, output, ready), self._pending = self._pending, None
+        self._lap, started = ready.result(), self._lap
+        seconds = self._lap - started
+        loss, accuracy, rate = map(np.asarray, (output.loss, output.accuracy, output.learning_rate))
+        check_finite(dispatch.step, loss, bool(output.finite))
+        images = int(dispatch.mask.sum())
+        self._clock.train_seconds += seconds
+        self._clock.trained_images += images
+        for index in range(len(loss)):
+            self._metrics.add(
+                dispatch.step + index + 1,
+                round=dispatch.round,
+                loss=float(loss[index]),
+                accuracy=float(accuracy[index]),
+                learning_rate=float(rate[index]),
+                images_per_second=images / seconds,
+            )
+        self._progress.advance(len(loss), float(loss[-1]), images / seconds)
+
+    def close(self) -> None:
+        self._watch.shutdown()
+
+
+def _when_ready(output: DispatchOutput) -> float:
+    jax.block_until_ready(output)
+    return time.monotonic()
+
+
+def check_finite(first_step: int, loss: np.ndarray, finite: bool) -> None:
+    """Raises: NonFiniteError: a loss, or a parameter after the last step, is not finite."""
+    bad = np.flatnonzero(~np.isfinite(loss))
+    if bad.size:
+        raise NonFiniteError(f"the loss of step {first_step + int(bad[0]) + 1} is {loss[bad[0]]}")
+    if not finite:
+        raise NonFiniteError(f"a parameter is not finite after step {first_step + len(loss)}")

@@ -1,0 +1,72 @@
+"""Files of a run: read with one-line refusals, written so that a reader sees the old or the new."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mocosfl_jax.errors import InputError
+
+
+class StorageError(Exception):
+    """A file of the run cannot be written; the message names it and says why.
+
+    What was saved before is intact, so the same command resumes once the cause is gone.
+    """
+
+    def __init__(self, path: Path, cause: BaseException):
+        self.path, self.reason = path, reason(cause)
+        super().__init__(f"{path} cannot be written: {self.reason}")
+
+
+_SYSTEM_REASONS = ("No space left on device", "Disk quota exceeded", "File too large")
+
+
+def reason(error: BaseException) -> str:
+    """Why a file operation failed, in a few words, however deep a library has buried it."""
+    chain = list(_chain(error))
+    for link in chain:
+        if isinstance(link, OSError) and link.strerror:
+            return link.strerror
+    for words in _SYSTEM_REASONS:  # libraries in C++ have only the text
+        if any(words.lower() in str(link).lower() for link in chain):
+            return words
+    first = str(error).strip().splitlines() or [type(error).__name__]
+    return first[0][:200]
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises: InputError: the file cannot be read, or holds anything else.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(str(path), "unreadable", f"JSON is needed: {reason(error)}") from None
+    if not isinstance(value, dict):
+        raise InputError(str(path), type(value).__name__, "a JSON object is needed")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Raises: StorageError."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file at once; raises StorageError and leaves the old one if that fails."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(path, error) from None
