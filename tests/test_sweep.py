@@ -691,6 +691,34 @@ def test_the_long_form_has_a_row_a_run(tmp_path):
     )
 
 
+def test_speeds_that_counted_padding_are_not_shown_beside_others(tmp_path, capsys):
+    """Version 0.1.0 did, and its summaries do not say so."""
+    folder = finished_sweep(tmp_path)
+    report = ["sweep", "--workdir", str(tmp_path), "--report"]
+    paths = sorted(tmp_path.glob("runs/*/summary.json"))
+    for path, speed in zip(paths, (400.0, 100.0, 200.0, 300.0), strict=True):
+        path.write_text(json.dumps({"images_per_second": speed}))
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from mocosfl_jax.sweep.definition import default_sweep\n"
+        "def get_config():\n    sweep = default_sweep()\n"
+        "    sweep.metrics = ('images_per_second',)\n    return sweep\n"
+    )
+    report += ["--config", str(config)]
+    assert main(report) == 0  # old ones among themselves
+    assert (
+        "| A | images_per_second | 150.00 ± 70.71 (2) | 400.00 (1 of 2) |"
+        in capsys.readouterr().out
+    )
+    new = {"images_per_second": 300.0, "padding_counted": False}
+    (folder.run_path("B,num_clients=9,seed=0") / "summary.json").write_text(json.dumps(new))
+    assert main(report) == 0
+    out = capsys.readouterr().out
+    assert "| A | images_per_second | - (2) | - (1 of 2) |" in out
+    assert "| B | images_per_second | 300.00 (1) |" in out
+    assert "counted padding" in out
+
+
 def test_the_plot_is_an_image(tmp_path):
     from PIL import Image
 

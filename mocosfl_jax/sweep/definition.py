@@ -32,6 +32,7 @@ METRICS = (
     "linear_top1_best_test_epoch",
     "knn_top1",
     "knn_top1_at_init",
+    "knn_top1_raw_pixels",
     "images_per_second",
     "compile_seconds",
     "wall_seconds",

@@ -18,6 +18,7 @@ LABELS = {
     "linear_top1": "linear probe, top-1 %",
     "linear_top1_best_test_epoch": "linear probe, best test epoch, top-1 %",
     "knn_top1": "kNN, top-1 %",
+    "knn_top1_raw_pixels": "kNN of raw pixels, top-1 %",
     "num_clients": "number of clients",
 }
 """What the table and the plot call a number or a field, where its name is not enough."""
@@ -27,6 +28,7 @@ FURTHER_NUMBERS = (
     "linear_top1_best_test_epoch",
     "knn_top1",
     "knn_top1_at_init",
+    "knn_top1_raw_pixels",
     "steps",
     "rounds",
     "images_per_second",
