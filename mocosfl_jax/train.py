@@ -242,7 +242,7 @@ def restore(
     progress: Progress,
     startup: Startup,
 ) -> Restored | None:
-    """The newest good checkpoint; those newer than it are set aside, and a summary with them.
+    """The newest good checkpoint. Those newer than it are set aside, and what came of them.
 
     Raises: InputError: there are some, but none is good; nothing has been changed. StorageError.
     """
@@ -254,9 +254,12 @@ def restore(
     if found.bad:
         progress.say(f"checkpoints that cannot be used are set aside ({reasons})")
     if is_primary():
-        stale = found.restored is None or found.restored.step < identity.config.total_steps
-        summaries = [workdir.summary_path] if stale and workdir.summary_path.exists() else []
-        set_aside(workdir.path, [*(folder / str(step) for step in found.bad), *summaries])
+        unusable = [folder / str(step) for step in found.bad]
+        if found.restored is None:  # killed before its first checkpoint was complete
+            unusable.append(workdir.encoder_path)
+        elif found.restored.step < identity.config.total_steps:
+            unusable.append(workdir.summary_path)
+        set_aside(workdir.path, [path for path in unusable if path.exists()])
     startup.ready()  # all processes see the folder as it is now
     return found.restored
 

@@ -289,6 +289,19 @@ def test_checkpoints_that_are_gone_are_not_started_over(copy, npz, rest):
     assert contents(copy) == before
 
 
+def test_metrics_that_are_missing_are_named(copy, npz, capsys):
+    """They cannot be made again, but the run goes on."""
+    shutil.rmtree(copy / "checkpoints" / "18")
+    kept = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    text = "".join(kept[:4] + kept[6:9] + kept[2:3]) + kept[9][:20]
+    (copy / "metrics.jsonl").write_text(text)
+    run(copy, npz)
+    assert "metrics.jsonl lacks the steps 4 to 5, 9 to 12" in capsys.readouterr().out
+    summary = json.loads((copy / "summary.json").read_text())
+    assert summary["metrics_missing_steps"] == [[4, 5], [9, 12]]
+    assert [line["step"] for line in lines(copy)] == [0, 1, 2, 3, 6, 7, 8, *range(13, 19)]
+
+
 # -------------------------------------------------------------------------------------- encoder
 
 
