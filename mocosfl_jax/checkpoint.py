@@ -6,10 +6,12 @@ On a restart the newest one that passes counts; those that do not are set aside,
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +21,9 @@ import orbax.checkpoint as ocp
 import xxhash
 from jax.experimental import multihost_utils
 
-from mocosfl_jax.config import Config, config_from_json, differences
+from mocosfl_jax.config import EXECUTION_FIELDS, Config, config_from_json, differences
+from mocosfl_jax.errors import InputError
 from mocosfl_jax.storage import StorageError, reason
-
-SET_ASIDE = "set_aside"
-"""Folder beside the checkpoints for what a restart could not use."""
 
 
 @dataclasses.dataclass
@@ -33,7 +33,8 @@ class Clock:
     wall_seconds: from the start of each process. compile_seconds: tracing and compiling the
     dispatch. train_seconds: in dispatches, compilation and evaluation excluded. trained_images: of
     the steps behind train_seconds, padding excluded. knn_top1_at_init: percent, of the untrained
-    encoder. monitored_step: step of the last kNN monitor.
+    encoder. monitored_step: step of the last kNN monitor. counts_padding: whether trained_images
+    does, as in version 0.1.0, which did not store this field.
     """
 
     wall_seconds: float = 0.0
@@ -66,6 +67,13 @@ class Identity:
 
     def to_json(self) -> dict[str, Any]:
         return {"config": dataclasses.asdict(self.config), "data": self.data}
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that stand for the run, wherever its data lie."""
+        aside = EXECUTION_FIELDS | {"dataset"}
+        fields = dataclasses.asdict(self.config)
+        return data_digest({**{n: v for n, v in fields.items() if n not in aside}, "": self.data})
 
     def refusal(self, stored: dict[str, Any]) -> str | None:
         """Why a checkpoint with this stored identity is another run's; None if it is not."""
@@ -126,45 +134,108 @@ class Found(NamedTuple):
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, good or bad, the newest first."""
-    if not folder.is_dir():
-        return []
-    names = [path.name for path in folder.iterdir()]
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    """Steps of the checkpoints in a folder, good or bad, the newest first.
+
+    Raises: InputError: the folder cannot be read.
+    """
+    names = _names(folder)
+    steps = [int(name) for name in names if name.isdecimal()]
+    return sorted((step for step in steps if str(step) in names), reverse=True)
 
 
 def has_unfinished(folder: Path) -> bool:
     """Whether a process was killed while it saved its state there."""
-    return folder.is_dir() and any("orbax-checkpoint-tmp" in path.name for path in folder.iterdir())
+    return any("orbax-checkpoint-tmp" in name for name in _names(folder))
 
 
-def find_newest(folder: Path, abstract_state: Any, identity: Identity) -> Found:
+def _names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise InputError(str(folder), reason(error), "a readable folder is needed") from None
+
+
+def find_newest(
+    folder: Path,
+    abstract_state: Any,
+    identity: Identity,
+    agree: Callable[[dict[str, Any]], None] | None = None,
+) -> Found:
     """Restores the newest good checkpoint; changes nothing on disk.
 
     Args:
       folder: of the checkpoints.
       abstract_state: `jax.ShapeDtypeStruct` leaves, with shardings.
       identity: of the run that goes on.
+      agree: makes sure that all processes of the run have the same values (`Startup.agree`).
+    Raises: InputError: by `agree`, if processes do not see the same files.
     """
     bad: dict[int, str] = {}
-    for step in saved_steps(folder):
+    steps = saved_steps(folder)
+    if agree is not None:
+        agree({f"steps in {folder.name}": steps})
+    for step in steps:
+        path, refusal = folder / str(step), None
         try:
             with _quiet():
-                restored = _restore(folder / str(step), step, abstract_state, identity)
+                read = _read(path, abstract_state, identity)
         except _UnusableError as error:
-            bad[step] = str(error)
+            refusal = str(error)
         except Exception as error:  # Orbax and TensorStore raise almost anything on damaged files
-            bad[step] = f"damaged: {reason(error)}"
-        else:
-            return Found(restored, bad)
+            _check_readable(path, error)
+            refusal = f"damaged: {reason(error)}"
+        if agree is not None:  # before leaves that are spread over processes are gathered
+            agree({f"checkpoint {step}": "unusable" if refusal else "readable"})
+        if refusal is None:
+            refusal = _damage(read, step)
+        if refusal is None:
+            return Found(Restored(step, read.state, Clock.from_json(read.clock)), bad)
+        bad[step] = refusal
     return Found(None, bad)
 
 
+_NOT_ITS_FAULT = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)
+
+
+def _check_readable(path: Path, error: Exception) -> None:
+    """Raises: InputError: a file could not be read, which does not mean that it is damaged."""
+    denied = isinstance(error, OSError) and error.errno in _NOT_ITS_FAULT
+    if denied or isinstance(error, MemoryError) or "Permission denied" in reason(error):
+        raise InputError(str(path), reason(error), "a readable checkpoint is needed") from None
+
+
 class _UnusableError(Exception):
-    """An intact checkpoint of another run, or one whose digest does not match."""
+    """A checkpoint of another run."""
 
 
-def _restore(path: Path, step: int, abstract_state: Any, identity: Identity) -> Restored:
+class _Read(NamedTuple):
+    """What lies in a checkpoint. seal: None in one of version 0.1.0, which wrote none."""
+
+    state: Any
+    clock: dict[str, Any]
+    seal: dict[str, Any] | None
+
+
+def _damage(read: _Read, step: int) -> str | None:
+    """What is wrong with a checkpoint that could be read; None: nothing."""
+    if read.seal is None and "counts_padding" in read.clock:  # 0.1.0 did not know this field
+        return "damaged: its seal is missing"
+    if read.seal is not None and digest(read.state, read.clock) != read.seal["digest"]:
+        return "damaged: its digest does not match"
+    if int(read.state.step) != step:
+        return f"damaged: it holds step {int(read.state.step)}"
+    return None
+
+
+def _read(path: Path, abstract_state: Any, identity: Identity) -> _Read:
     alone = ocp.options.MultiprocessingOptions(  # a process that fails must keep none waiting
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
@@ -172,25 +243,18 @@ def _restore(path: Path, step: int, abstract_state: Any, identity: Identity) -> 
         "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
         "clock": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
     }
-    items: dict[str, Any] = {
-        "state": ocp.args.StandardRestore(abstract_state),
-        "clock": ocp.args.JsonRestore(),
-    }
-    if (path / "seal").exists():  # version 0.1.0 wrote none
+    small: dict[str, Any] = {"clock": ocp.args.JsonRestore()}
+    if (path / "seal").exists():
         handlers["seal"] = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
-        items["seal"] = ocp.args.JsonRestore()
+        small["seal"] = ocp.args.JsonRestore()
     composite = ocp.CompositeCheckpointHandler(**handlers)
     with ocp.Checkpointer(composite, multiprocessing_options=alone) as checkpointer:
-        if "seal" in items:
-            seal = checkpointer.restore(path, ocp.args.Composite(seal=items["seal"])).seal
-            if refusal := identity.refusal(seal):
-                raise _UnusableError(refusal)
-        found = checkpointer.restore(path, ocp.args.Composite(**items))
-    if "seal" in items and digest(found.state, found.clock) != found.seal["digest"]:
-        raise _UnusableError("damaged: its digest does not match")
-    if int(found.state.step) != step:
-        raise _UnusableError(f"damaged: it holds step {int(found.state.step)}")
-    return Restored(step, found.state, Clock.from_json(found.clock))
+        found = checkpointer.restore(path, ocp.args.Composite(**small))
+        seal = found.seal if "seal" in small else None
+        if seal is not None and (refusal := identity.refusal(seal)):
+            raise _UnusableError(refusal)
+        state_args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        return _Read(checkpointer.restore(path, state_args).state, found.clock, seal)
 
 
 @contextlib.contextmanager
@@ -204,31 +268,19 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def set_aside(workdir: Path, paths: list[Path]) -> None:
-    """Renames files or folders of a run into DIR/set_aside, under names that are still free.
-
-    Raises: StorageError.
-    """
-    target = workdir / SET_ASIDE
-    for path in paths:
-        try:
-            target.mkdir(exist_ok=True)
-            names = (path.name if n == 0 else f"{path.name}.{n}" for n in range(10**6))
-            path.rename(next(target / name for name in names if not (target / name).exists()))
-        except OSError as error:
-            raise StorageError(path, error) from None
-
-
 class Checkpoints:
     """Asynchronous checkpoints under one folder, the latest `keep` of them.
 
     A checkpoint appears under its step only when complete, so a killed process leaves the one
-    before.
+    before. The digest is computed, and Orbax is called, in a thread: the loop launches the next
+    dispatch meanwhile. Of several processes Orbax needs the main threads, in their order.
     """
 
     def __init__(self, folder: Path, keep: int, identity: Identity):
         self._folder, self._identity = folder, identity
-        self._when_written: Callable[[], None] = _nothing
+        self._when_written: Callable[[], None] = lambda: None
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._starting: Future[None] | None = None
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
@@ -236,47 +288,57 @@ class Checkpoints:
         )
         with self._storage():
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._newest = self._manager.latest_step()
 
     def save(self, step: int, state: Any, clock: Clock, when_written: Callable[[], None]) -> None:
         """Starts a save.
 
         Args:
           step: of the state; a step that is saved already is left as it is.
-          state: a copy that is neither changed nor donated: Orbax reads its buffers while the
-            next dispatch runs, on CPU in place.
+          state: a copy that is neither changed nor donated: it is read while the next dispatch
+            runs, on CPU in place.
           clock: of this step.
           when_written: called in the background just before the checkpoint appears.
-        Raises: StorageError: this save, or the one before, failed.
+        Raises: StorageError: the save before failed.
         """
-        if step == self._manager.latest_step():
+        if step == self._newest:
+            return
+        self.wait()  # `when_written` belongs to the save before
+        self._newest, self._when_written = step, when_written
+        seconds = dataclasses.asdict(clock)
+        if jax.process_count() == 1:
+            self._starting = self._thread.submit(self._start, step, state, seconds)
             return
         with self._storage():
-            self._manager.wait_until_finished()  # `when_written` belongs to the save before
-            self._when_written = when_written
-            seconds = dataclasses.asdict(clock)
-            seal = {"digest": digest(state, seconds), **self._identity.to_json()}
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                clock=ocp.args.JsonSave(seconds),
-                seal=ocp.args.JsonSave(seal),
-            )
-            self._manager.save(step, args=args, force=True)
+            self._start(step, state, seconds)
 
     def wait(self) -> None:
         """Returns when the last save is complete.
 
         Raises: StorageError.
         """
+        starting, self._starting = self._starting, None
         with self._storage():
+            if starting is not None:
+                starting.result()
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Raises: StorageError: the last save failed, and nobody has been told yet."""
-        with self._storage():
-            try:
-                self._manager.wait_until_finished()
-            finally:
-                self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._manager.close()
+
+    def _start(self, step: int, state: Any, clock: dict[str, Any]) -> None:
+        seal = {"digest": digest(state, clock), **self._identity.to_json()}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            clock=ocp.args.JsonSave(clock),
+            seal=ocp.args.JsonSave(seal),
+        )
+        self._manager.save(step, args=args, force=True)
 
     def _written(self) -> None:
         self._when_written()
@@ -289,7 +351,3 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax and TensorStore have no common type for a full disk
             raise StorageError(self._folder, error) from error
-
-
-def _nothing() -> None:
-    """For processes that write no encoder."""

@@ -331,6 +331,8 @@ def _scalar(where: str, kind: type, value: Any) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise InputError(where, value, f"{_KINDS[kind]} is needed")
+    if isinstance(value, str) and "\0" in value:
+        raise InputError(where, value, "a string without null bytes is needed")
     if isinstance(value, float) and value != 0 and not _SMALLEST <= abs(value) <= _LARGEST:
         allowed = f"0 or a finite number of a size from {_SMALLEST:.3g} to {_LARGEST:.3g} is needed"
         raise InputError(where, value, f"{allowed} (float32)")

@@ -1,4 +1,4 @@
-"""stdout and stderr of a command: lines of ours only, and no reader is needed to the end."""
+"""stdout and stderr of a command: our own lines only, and a closed pipe ends nothing."""
 
 import logging
 import os
@@ -57,6 +57,6 @@ def quiet_libraries() -> None:
 
 
 def _hook(found: "UnraisableHookArgs") -> None:
-    """Reads that were given up with an event loop still report to it."""
+    """asyncio still reports reads that were abandoned when their event loop closed."""
     if str(found.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(found)

@@ -7,6 +7,7 @@ import reprlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.models.split import Encoded, SplitModel, Variables
 from mocosfl_jax.resolve import check_fields
+from mocosfl_jax.storage import write_bytes
 
 FILE_NAME = "encoder.safetensors"
 
@@ -101,7 +103,7 @@ class Encoder:
 
 def _check_several(images: Any) -> None:
     """Refuses one image, no image, and what is neither a sequence nor an array."""
-    if isinstance(images, Sequence) and not isinstance(images, str | bytes):
+    if isinstance(images, Sequence) and not isinstance(images, str | bytes | memoryview):
         several = len(images) > 0
     else:
         several = getattr(images, "ndim", 0) in (1, 4) and len(images) > 0
@@ -183,18 +185,12 @@ def save_encoder(path: Path, config: Config, variables: Variables, step: int) ->
       config: resolved.
       variables: of the trained network.
       step: training steps behind it.
-    Raises: OSError: the file cannot be written; the one that was there stays.
+    Raises: StorageError: the file cannot be written; the one that was there stays.
     """
     description = _Description({name: getattr(config, name) for name in _FIELDS}, step, __version__)
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in _by_name(variables).items()}
     content = save(tensors, {_METADATA: json.dumps(description._asdict())})
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_bytes(path, content)
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -205,6 +201,8 @@ def load_encoder(path: str | Path) -> Encoder:
     """
     path = Path(os.path.expanduser(path))
     file = path / FILE_NAME if os.path.isdir(path) else path
+    if os.path.exists(file) and not os.path.isfile(file):  # a pipe would keep us waiting
+        raise InputError(str(file), "no regular file", "an encoder file is needed")
     try:
         with safe_open(file, framework="numpy") as stored:
             description = _description_in(stored.metadata())
@@ -242,7 +240,7 @@ def _description_in(metadata: dict[str, str] | None) -> _Description:
         config = json.loads(texts.get("config", "{}"))
         values = {"fields": {name: config[name] for name in _FIELDS if name in config}}
     fields, step, version = (values.get(name) for name in _Description._fields)
-    if not fields or not isinstance(fields, dict) or not isinstance(step, int | None):
+    if not fields or not isinstance(fields, dict) or type(step) not in (int, NoneType):
         raise ValueError("its metadata do not describe an encoder")
     return _Description(fields, step, version)
 

@@ -1,5 +1,8 @@
 """The one exception that bad input raises."""
 
+LONGEST = 500
+"""Characters that a message quotes of a value or of a reason; the middle of longer ones is cut."""
+
 
 class InputError(ValueError):
     """Bad input: a config field or a file that the run cannot use.
@@ -10,7 +13,12 @@ class InputError(ValueError):
 
     def __init__(self, where: str, value: object, allowed: str):
         """Args: where: config field (`config.cut`) or file; value: as found; allowed: what is."""
-        super().__init__(one_line(f"{where} = {value!r}: {allowed}"))
+        super().__init__(one_line(f"{where} = {_short(repr(value))}: {_short(allowed)}"))
+
+
+def _short(text: str) -> str:
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 def one_line(text: str) -> str:

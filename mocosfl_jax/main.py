@@ -6,7 +6,7 @@ On several hosts, one such command on each: --multihost takes their addresses fr
 (Slurm, Kubernetes, TPU, Open MPI); else --coordinator=HOST:PORT --num_processes=N --process_id=I.
 Exit status: 0 done; 1 the run failed, or a file could not be written; 2 bad input, one line on
 stderr; 143 stopped by a signal, the state saved, and the same command resumes; 130 interrupted
-outside training, the same.
+outside training, and the same command goes on.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mocosfl_jax.config import Config
     from mocosfl_jax.data.dataset import Prepared
     from mocosfl_jax.processes import Startup
+    from mocosfl_jax.storage import StorageError
     from mocosfl_jax.workdir import Stored, WorkDir
 
 FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 1, 2, 130, 143
@@ -80,7 +81,7 @@ def _join_processes(argv: list[str]) -> bool:
     _define_common_flags(values)
     try:
         values(argv, known_only=True)
-    except flags.Error as error:
+    except (flags.Error, UnicodeDecodeError) as error:  # the latter of a --flagfile
         raise InputError("command line", " ".join(argv[1:]), str(error)) from None
     place = (values.coordinator, values.num_processes, values.process_id)
     alone = not values.multihost and place == (None, None, None)
@@ -93,7 +94,7 @@ def _join_processes(argv: list[str]) -> bool:
 
 
 def _command(argv: list[str], startup: "Startup | None" = None) -> int:
-    """Raises: InputError: as `parse`, a flag that is needed is missing, or the run is refused."""
+    """Raises: InputError: as `parse`, a required flag is missing, or the run is refused."""
     values = define_flags(argv)
     parse(values, argv)
     if values.help:
@@ -112,7 +113,10 @@ def _folder(path: str) -> Path:
     """Raises: InputError: a path that Orbax, which takes UTF-8, could not write to."""
     if not path.isprintable():
         raise InputError("--workdir", path, "a path of printable characters is needed")
-    return Path(path).expanduser().absolute()
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise InputError("--workdir", path, "there is no such home directory")
+    return Path(expanded).absolute()
 
 
 def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Config, Prepared]":
@@ -138,7 +142,13 @@ def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Config, Prepared
 
 
 def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
-    from mocosfl_jax.processes import Startup, is_primary, use_compilation_cache
+    from mocosfl_jax.processes import (
+        Startup,
+        end_process,
+        is_primary,
+        several,
+        use_compilation_cache,
+    )
     from mocosfl_jax.storage import StorageError
     from mocosfl_jax.summary import results_table
     from mocosfl_jax.train import Interrupted, NonFiniteError, finished, train
@@ -146,21 +156,23 @@ def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
 
     config, prepared = _settle(raw, read_stored(path))
     use_compilation_cache(config.compilation_cache)
-    workdir = WorkDir(path, is_primary())
+    workdir, startup = WorkDir(path, is_primary()), startup or Startup()
     try:
-        summary = finished(config, prepared.info, workdir)
+        summary = finished(config, prepared.info, workdir, startup)
         if summary is None:
-            summary = train(config, prepared.load(), workdir, startup or Startup())
+            summary = train(config, prepared.load(), workdir, startup)
         elif is_primary():
             print("this run is complete")
     except Interrupted as stop:
         print(f"mocosfl_jax: {stop}; the same command resumes", file=sys.stderr)
         return STOPPED
     except NonFiniteError as error:
-        print(f"mocosfl_jax: {error}; what was saved before stays", file=sys.stderr)
+        print(f"mocosfl_jax: {error}; earlier checkpoints are kept", file=sys.stderr)
         return FAILED
     except StorageError as error:
-        print(f"mocosfl_jax: {error}; {_saved(workdir)}", file=sys.stderr)
+        print(f"mocosfl_jax: {error}; {_saved(workdir, error)}", file=sys.stderr)
+        if several():
+            end_process(FAILED)  # the usual way out would wait for processes that have left
         return FAILED
     finally:
         workdir.close()
@@ -169,12 +181,14 @@ def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
     return 0
 
 
-def _saved(workdir: "WorkDir") -> str:
+def _saved(workdir: "WorkDir", error: "StorageError") -> str:
     from mocosfl_jax.checkpoint import saved_steps
+    from mocosfl_jax.storage import out_of_room
 
     steps = saved_steps(workdir.checkpoints_path)
     saved = f"step {steps[0]} is saved" if steps else "no step is saved yet"
-    return f"{saved}, and the same command resumes once there is room"
+    when = "there is room" if out_of_room(error.reason) else "that is mended"
+    return f"{saved}, and the same command resumes once {when}"
 
 
 # --------------------------------------------------------------------------------------- dry run
@@ -208,8 +222,7 @@ def _check_folder(folder: Path, config: "Config", prepared: "Prepared") -> None:
     check_free(folder)
     workdir = WorkDir(folder, primary=False)
     workdir.claim(config, prepared.info)
-    read_metrics(workdir.metrics_path)
-    check_resumable(workdir)
+    check_resumable(workdir, config, read_metrics(workdir.metrics_path))
 
 
 def _machine_checks(config: "Config", prepared: "Prepared") -> Iterator[Callable[[], None]]:

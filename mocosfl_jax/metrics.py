@@ -1,5 +1,6 @@
 """The numbers of each step: DIR/metrics.jsonl, and TensorBoard scalars beside it."""
 
+import contextlib
 import json
 import os
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.storage import StorageError, write_text
+from mocosfl_jax.storage import write_text, writing
 
 Line = dict[str, Any]
 """The numbers of one step, `step` among them."""
@@ -49,12 +50,13 @@ class MetricsFile:
         """
         self._path, self._board = path, board
         text = "".join(_dump(line) for line in lines.values())
-        if not path.exists() or path.read_bytes() != text.encode():
+        if not _is_alone(path) or path.read_bytes() != text.encode():
             write_text(path, text)
         self._last: Line = list(lines.values())[-1] if lines else {}
         self._written = _dump(self._last).encode() if lines else b""
         self._offset = len(text) - len(self._written)  # where the last line starts
-        self._file = os.open(path, os.O_WRONLY)
+        with writing(path):
+            self._file = os.open(path, os.O_WRONLY)
 
     def add(self, step: int, **values: float) -> None:
         if self._last.get("step", step) != step:
@@ -67,7 +69,8 @@ class MetricsFile:
 
     def flush(self) -> None:
         self._write_last()
-        os.fsync(self._file)
+        with writing(self._path):
+            os.fsync(self._file)
         if self._board is not None:
             self._board.flush()
 
@@ -84,12 +87,14 @@ class MetricsFile:
         if text == self._written:
             return
         text = text[:-1].ljust(len(self._written) - 1) + b"\n"  # JSON may end with blanks
-        try:
-            self._overwrite(text)
-        except OSError as error:
-            os.pwrite(self._file, self._written, self._offset)  # as it was; takes no more room
-            os.ftruncate(self._file, self._offset + len(self._written))
-            raise StorageError(self._path, error) from None
+        with writing(self._path):
+            try:
+                self._overwrite(text)
+            except OSError:
+                with contextlib.suppress(OSError):  # as it was, which takes no more room
+                    os.pwrite(self._file, self._written, self._offset)
+                    os.ftruncate(self._file, self._offset + len(self._written))
+                raise
         self._written = text
 
     def _overwrite(self, text: bytes) -> None:
@@ -111,11 +116,9 @@ class Board:
         from tensorboardX.proto import event_pb2
 
         self._folder, self._new_event = folder, event_pb2.Event
-        try:
+        with writing(folder):
             folder.mkdir(exist_ok=True)
             self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        except OSError as error:
-            raise StorageError(folder, error) from None
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start))
 
@@ -129,23 +132,17 @@ class Board:
 
     def flush(self) -> None:
         """Raises: StorageError."""
-        try:
+        with writing(self._folder):
             self._writer.flush()
-        except OSError as error:
-            raise StorageError(self._folder, error) from None
 
     def close(self) -> None:
         """Raises: StorageError."""
-        try:
+        with writing(self._folder):
             self._writer.close()
-        except OSError as error:
-            raise StorageError(self._folder, error) from None
 
     def _write(self, event: Any) -> None:
-        try:
+        with writing(self._folder):
             self._writer.write_event(event)
-        except OSError as error:
-            raise StorageError(self._folder, error) from None
 
 
 def read_metrics(path: Path) -> dict[int, Line]:
@@ -176,12 +173,17 @@ def missing_steps(lines: dict[int, Line], step: int) -> list[list[int]]:
     return [[before + 1, after - 1] for before, after in edges if after - before > 1]
 
 
+def _is_alone(path: Path) -> bool:
+    """Whether the file exists under this name only: a hard link may be somebody's backup."""
+    return path.exists() and not path.is_symlink() and path.stat().st_nlink == 1
+
+
 def _parsed(line: str) -> Line | None:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    known = isinstance(values, dict) and type(values.get("step")) is int
+    known = isinstance(values, dict) and type(values.get("step")) is int and values["step"] >= 0
     return values if known else None
 
 

@@ -15,23 +15,24 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed  # for `Notices`: JAX has no public access to its key-value store
 
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.storage import StorageError
 
 JOIN_SECONDS = 300
-"""That a process waits for the others to start."""
+"""How long a process waits for the others to start."""
 
 POLL_SECONDS = 0.25
-"""Between two looks at what other processes have said."""
+"""Between two looks at the notes of other processes."""
 
 FAREWELL_SECONDS = 4.0
-"""That process 0 waits for the others to leave before it does."""
+"""How long process 0 waits for the others to leave before it does."""
 
 HOST_FIELDS = frozenset({"compilation_cache", "data_dir", "dataset", "progress", "tensorboard"})
 """Config fields that may differ from process to process. Of a dataset the name or path may, its
@@ -195,8 +196,8 @@ class Startup:
     def ready(self) -> None:
         """Returns when all processes have come here; from then on refusals are not shared."""
 
-    def refuse(self, reason: str) -> None:
-        """Tells all processes why the run cannot start, and ends them."""
+    def refuse(self, reason: str, status: int) -> None:
+        """Tells all processes why the run cannot start, and ends them with this status."""
 
     def close(self) -> None:
         """Shares no more refusals."""
@@ -228,12 +229,12 @@ class JointStartup(Startup):
         self._notices.wait("ready")
         self.close()
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str, status: int) -> None:
         if self._over.is_set():
             return
         self._leaving.acquire()
-        self._notices.post("refusal", reason)
-        self._leave(reason)
+        self._notices.post("refusal", f"{status} {reason}")
+        self._leave(reason, status)
 
     def close(self) -> None:
         self._over.set()
@@ -243,18 +244,19 @@ class JointStartup(Startup):
         while not self._over.wait(POLL_SECONDS):
             refusals = self._notices.read("refusal")
             if refusals:
-                process, reason = min(refusals.items())
+                process, note = min(refusals.items())
+                status, _, reason = note.partition(" ")
                 self._leaving.acquire()
-                self._leave(f"process {process} refused: {reason}")
+                self._leave(f"process {process} refused: {reason}", int(status))
 
-    def _leave(self, reason: str) -> NoReturn:
+    def _leave(self, reason: str, status: int) -> NoReturn:
         """The usual way out would wait for the other processes, whose main threads are busy."""
         say(reason)
         self._notices.post("leaving", "")
         if self._notices.process == 0:  # without its service JAX aborts the others
             self._notices.wait("leaving", FAREWELL_SECONDS)
             time.sleep(2 * POLL_SECONDS)  # they have said so, and need a moment to do so
-        end_process(2)
+        end_process(status)
 
 
 def _compare(wanted: dict[str, Any], values: dict[str, Any], process: int) -> None:
@@ -275,14 +277,18 @@ def common_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def shared_refusals() -> Iterator[Startup]:
     """The start-up of a run, from joining to `Startup.ready`.
 
-    Until then an InputError that leaves the block on one process ends all of them: each prints one
-    line on stderr and exits with status 2. That of a run of one process is left to the caller.
+    Until then an InputError or a StorageError that leaves the block on one process ends all of
+    them: each prints one line on stderr and exits with status 2 or 1. Those of a run of one process
+    are left to the caller.
     """
     startup = JointStartup(Notices()) if several() else Startup()
     try:
         yield startup
     except InputError as error:
-        startup.refuse(str(error))
+        startup.refuse(str(error), status=2)
+        raise
+    except StorageError as error:
+        startup.refuse(str(error), status=1)
         raise
     finally:
         startup.close()
@@ -295,4 +301,6 @@ def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in a folder, unless the environment names another one or it is
     `none`; one that cannot be written is left alone by JAX, with a warning."""
     if folder != "none" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+        # A full disk ends a run in one line of ours, or not at all.
+        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")

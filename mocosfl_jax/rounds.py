@@ -81,9 +81,9 @@ class Cohort:
             return jax.tree.map(jnp.copy, state)
         return self._cut(state)
 
-    def abstract_unpadded(self, state: TrainState) -> Any:
+    def abstract_unpadded(self) -> Any:
         """Shapes and shardings of what is saved."""
-        shapes = jax.eval_shape(self._with(self._config.cohort_size), state)
+        shapes = jax.eval_shape(self._with(self._config.cohort_size), jax.eval_shape(self._initial))
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             shapes,

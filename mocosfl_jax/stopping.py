@@ -8,7 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 
-from mocosfl_jax.processes import POLL_SECONDS, Notices, end_process, say, several
+from mocosfl_jax.processes import (
+    FAREWELL_SECONDS,
+    POLL_SECONDS,
+    Notices,
+    end_process,
+    say,
+    several,
+)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -17,7 +24,7 @@ ECHO_SECONDS = 0.5
 process and then to its group."""
 
 AGREEMENT_SECONDS = 30.0
-"""That a process waits for the others to say how far they are; one that does not has died."""
+"""How long a process waits for the others to say how far they are; one that does not has died."""
 
 _STOPPING = "stopping when the state is saved; a second signal stops at once"
 
@@ -48,6 +55,9 @@ class StopRequest:
         if self.requested():
             raise StopRequested
 
+    def fail(self, reason: str) -> None:
+        """Tells the other processes that this one cannot go on, and returns when they have left."""
+
     def close(self) -> None: ...
 
 
@@ -75,6 +85,10 @@ class JointStopRequest(StopRequest):
             self._calls += 1
             return self._calls >= self._first_yes
 
+    def fail(self, reason: str) -> None:
+        self._notices.post("failure", reason)
+        self._notices.wait("failure", FAREWELL_SECONDS)
+
     def close(self) -> None:
         """Leaves the number of calls for processes that are asked to stop later."""
         self._closing.set()
@@ -82,11 +96,20 @@ class JointStopRequest(StopRequest):
 
     def _watch(self) -> None:
         while not self._closing.wait(POLL_SECONDS) and not self._asked():
-            pass
+            self._leave_with_others()
         with self._lock:
             self._notices.post("calls", str(self._calls))
             if not self._closing.is_set():
                 self._first_yes = self._agreed_call()
+
+    def _leave_with_others(self) -> None:
+        """Ends this process if another one has failed: its main thread may be waiting for it."""
+        failures = self._notices.read("failure")
+        if failures and self._notices.process not in failures:
+            process, reason = min(failures.items())
+            say(f"process {process} failed: {reason}")
+            self._notices.post("failure", "")
+            end_process(1)
 
     def _asked(self) -> bool:
         """Whether any process was, about which all are told."""

@@ -1,5 +1,6 @@
 """Files of a run: read with one-line refusals, written so that a reader sees the old or the new."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 from mocosfl_jax.errors import InputError
 
 
-class StorageError(Exception):
+class StorageError(OSError):
     """A file of the run cannot be written; the message names it and says why.
 
     What was saved before is intact, so the same command resumes once the cause is gone.
@@ -20,7 +21,7 @@ class StorageError(Exception):
         super().__init__(f"{path} cannot be written: {self.reason}")
 
 
-_SYSTEM_REASONS = ("No space left on device", "Disk quota exceeded", "File too large")
+_NO_ROOM = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 def reason(error: BaseException) -> str:
@@ -29,11 +30,16 @@ def reason(error: BaseException) -> str:
     for link in chain:
         if isinstance(link, OSError) and link.strerror:
             return link.strerror
-    for words in _SYSTEM_REASONS:  # libraries in C++ have only the text
+    for words in _NO_ROOM:  # libraries in C++ have only the text
         if any(words.lower() in str(link).lower() for link in chain):
             return words
     first = str(error).strip().splitlines() or [type(error).__name__]
-    return first[0][:200]
+    return first[0].partition(" See full ")[0][:200]
+
+
+def out_of_room(why: str) -> bool:
+    """Whether a reason is that a file has no room to grow."""
+    return why in _NO_ROOM
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -62,11 +68,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file at once; raises StorageError and leaves the old one if that fails."""
+    """Raises: StorageError."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file at once.
+
+    Raises: StorageError: it cannot be written; the old one stays.
+    """
     partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises: StorageError: of the path, for any OSError within."""
     try:
-        partial.write_text(text)
-        os.replace(partial, path)
+        yield
+    except StorageError:
+        raise
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise StorageError(path, error) from None

@@ -1,6 +1,7 @@
 """What DIR/summary.json holds, and what a person sees of it."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ from tqdm import tqdm
 from mocosfl_jax.checkpoint import Clock
 from mocosfl_jax.config import Config
 from mocosfl_jax.data.dataset import Dataset
+from mocosfl_jax.errors import InputError
 from mocosfl_jax.machine import peak_memory_bytes, versions
 from mocosfl_jax.placement import Placement
 from mocosfl_jax.plan import plan
+from mocosfl_jax.storage import read_json
 
 Summary = dict[str, Any]
 
@@ -57,6 +60,19 @@ def summarize(
         "processes": jax.process_count(),
         "versions": versions(),
     }
+
+
+def read_summary(path: Path) -> Summary:
+    """Raises: InputError: a file that is no summary of a run."""
+    summary = read_json(path)
+    for name in ("steps", "wall_seconds", "test_images"):
+        if not isinstance(summary.get(name), int | float):
+            allowed = "the summary of a run is needed; move it away to have it made again"
+            raise InputError(str(path), f"{name} {summary.get(name)!r}", allowed)
+    for name in (*_ROWS, "images_per_second"):
+        if not isinstance(summary.get(name), int | float | None):
+            raise InputError(str(path), f"{name} {summary[name]!r}", "a number is needed")
+    return summary
 
 
 def standard_error(top1: float, images: int) -> float:

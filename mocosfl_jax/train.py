@@ -5,21 +5,19 @@ import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mocosfl_jax.build import partition_of, program_of
 from mocosfl_jax.checkpoint import (
     Checkpoints,
     Clock,
     Identity,
-    Restored,
     data_digest,
     find_newest,
     saved_steps,
-    set_aside,
 )
 from mocosfl_jax.config import Config
+from mocosfl_jax.core.state import TrainState
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo, channel_stats
 from mocosfl_jax.data.feed import dispatches, prefetch
@@ -28,17 +26,25 @@ from mocosfl_jax.encoder import encoder_step, save_encoder
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluator import Evaluator
 from mocosfl_jax.machine import device_memory_bytes
-from mocosfl_jax.metrics import Board, Metrics, MetricsFile, NoMetrics, missing_steps, read_metrics
+from mocosfl_jax.metrics import (
+    Board,
+    Line,
+    Metrics,
+    MetricsFile,
+    NoMetrics,
+    missing_steps,
+    read_metrics,
+)
 from mocosfl_jax.models.split import Variables
 from mocosfl_jax.placement import axes_of, make_placement
 from mocosfl_jax.plan import check_fits
-from mocosfl_jax.processes import Startup, common_fields, is_primary
+from mocosfl_jax.processes import Startup, common_fields, is_primary, several
 from mocosfl_jax.progress import Progress
 from mocosfl_jax.recorder import NonFiniteError, Recorder
 from mocosfl_jax.rounds import Cohort, place_inputs, run_constants
 from mocosfl_jax.stopping import StopRequested, stop_requests
-from mocosfl_jax.storage import StorageError, read_json, write_json
-from mocosfl_jax.summary import Summary, summarize
+from mocosfl_jax.storage import StorageError, write_json
+from mocosfl_jax.summary import Summary, read_summary, summarize
 from mocosfl_jax.workdir import WorkDir, check_resumable, with_stored_stats
 
 __all__ = ["Interrupted", "NonFiniteError", "finished", "train"]
@@ -57,7 +63,7 @@ def train(
       config: resolved.
       dataset: that it names.
       workdir: the run's folder.
-      startup: of several processes, which learn of each other's refusals until all begin.
+      startup: of several processes, which learn of each other's refusals until all have begun.
 
     Returns: the summary, which is also written to DIR/summary.json.
     Raises:
@@ -69,7 +75,7 @@ def train(
     """
     started, startup = time.monotonic(), startup or Startup()
     progress = Progress(config, is_primary())
-    summary = finished(config, dataset.info, workdir)
+    summary = finished(config, dataset.info, workdir, startup)
     if summary is not None:
         startup.ready()
         progress.say("this run is complete")
@@ -85,33 +91,30 @@ def train(
     partition = partition_of(config, len(dataset.train.images), dataset.train.labels)
     sampler = CohortSampler(partition, config.cohort_size, config.seed)
     lines = read_metrics(workdir.metrics_path)
-    check_resumable(workdir)
+    check_resumable(workdir, config, lines)
     identity = Identity(config, data_digest(dataset.info.fingerprint))
+    if several():
+        workdir.mark()
     startup.agree({"fingerprint of config.dataset": identity.data})
     startup.agree(common_fields(dataclasses.asdict(config)))
-
-    # ------------------------------------------------------------------------- start or resume
-    state, clock, step = cohort.initial_state(), Clock(), 0
-    stored = workdir.stored()
-    restored = restore(workdir, cohort, state, identity, progress, startup)
-    if restored is not None and stored is not None and stored.data is None:
-        progress.say("this run has no record of its data set: the one found is taken for it")
-    workdir.record(config, dataset.info)
-    describe_data(progress, partition, dataset)
-    if restored is not None:
-        step, clock, state = restored.step, restored.clock, cohort.padded(restored.state)
-        progress.say(f"resumed at step {step} of {config.total_steps}")
-    gaps = missing_steps(lines, step)
-    if gaps:
-        progress.say(f"{workdir.metrics_path.name} lacks the steps {_ranges(gaps)}")
-    kept = {at: line for at, line in lines.items() if step and at <= step}
-    checkpoints = Checkpoints(workdir.checkpoints_path, config.keep_checkpoints, identity)
-    wall_before = clock.wall_seconds
+    startup.agree({"folder of --workdir": workdir.read_mark()})
 
     with contextlib.ExitStack() as cleanup:
+        # --------------------------------------------------------------------- start or resume
         stop = cleanup.enter_context(stop_requests())  # left last: a save may still be under way
+        begun = begin_or_resume(workdir, cohort, identity, lines, progress, startup)
+        state, clock, step = begun.state, begun.clock, begun.step
+        wall_before = clock.wall_seconds
+        workdir.record(config, dataset.info)
+        describe_data(progress, partition, dataset)
+        if step:
+            progress.say(f"resumed at step {step} of {config.total_steps}")
+        if begun.gaps:
+            progress.say(f"{workdir.metrics_path.name} lacks the steps {_ranges(begun.gaps)}")
+        checkpoints = Checkpoints(workdir.checkpoints_path, config.keep_checkpoints, identity)
         cleanup.callback(checkpoints.close)
-        metrics = open_metrics(workdir, config, kept, step)
+        metrics = open_metrics(workdir, config, begun.lines, step)
+        startup.ready()
         recorder = Recorder(metrics, clock, progress)
         for open_file in (metrics, recorder, progress):
             cleanup.callback(open_file.close)
@@ -124,7 +127,7 @@ def train(
 
         def write_encoder(variables: Variables, step: int) -> None:
             if is_primary() and encoder_step(workdir.encoder_path) != step:
-                _save_encoder(workdir.encoder_path, config, variables, step)
+                save_encoder(workdir.encoder_path, config, variables, step)
 
         def save() -> None:
             metrics.flush()  # first: what a resume keeps must be on disk
@@ -133,7 +136,7 @@ def train(
             checkpoints.save(step, cohort.unpadded(state), clock, write)
 
         try:
-            if restored is not None:
+            if step:
                 # That of a later step may lie here, or none.
                 write_encoder(placement.fetch(network()), step)
             if step == 0:
@@ -189,10 +192,14 @@ def train(
             save()
             text = f"stopped at step {step} of {config.total_steps}, which is saved"
             raise Interrupted(text) from None
+        except StorageError as error:
+            stop.fail(str(error))
+            raise
         checkpoints.wait()
         metrics.flush()
         clock.wall_seconds = wall_before + time.monotonic() - started
-        summary = summarize(config, clock, results, dataset, placement, gaps)
+        summary = summarize(config, clock, results, dataset, placement, begun.gaps)
+        summary["run"] = identity.digest
         if is_primary():
             write_json(workdir.summary_path, summary)
     return summary
@@ -201,67 +208,98 @@ def train(
 # ------------------------------------------------------------------------------ start or resume
 
 
-def finished(config: Config, info: DatasetInfo, workdir: WorkDir) -> Summary | None:
-    """The summary of a run that is complete, with the encoder that belongs to it.
+class Begun(NamedTuple):
+    """Where a run begins or goes on.
 
-    An encoder that is missing, or of another step, is made again from the last checkpoint.
-
-    Args: config: resolved, but for mean and std. info: of its data set, whose images are not read.
-    Returns: None: something is left to do.
-    Raises: InputError: another run lies here, or files that cannot be read. StorageError.
+    state, clock, step: of the checkpoint, or of the start. lines: of its metrics up to the step.
+    gaps: first and last of the steps that they lack.
     """
-    config = workdir.claim(config, info)
-    stored, total = workdir.stored(), config.total_steps
-    if stored is None or not workdir.summary_path.exists():
-        return None
-    summary = read_json(workdir.summary_path)
-    if saved_steps(workdir.checkpoints_path)[:1] != [total] or summary.get("steps") != total:
-        return None
-    if encoder_step(workdir.encoder_path) == total:
-        return summary
-    config = with_stored_stats(config, stored.config)
-    placement = make_placement(config.devices, config.server_shards)
-    program = program_of(config, axes_of(config.server_shards), placement.devices)
-    cohort = Cohort(config, placement, program)
-    identity = Identity(config, data_digest(info.fingerprint))
-    shapes = cohort.abstract_unpadded(cohort.initial_state())
-    newest = find_newest(workdir.checkpoints_path, shapes, identity).restored
-    if newest is None or newest.step != total:
-        return None
-    variables = placement.fetch(cohort.network(cohort.padded(newest.state), total))
-    if is_primary():
-        _save_encoder(workdir.encoder_path, config, variables, total)
-    return summary
+
+    state: TrainState
+    clock: Clock
+    step: int
+    lines: dict[int, Line]
+    gaps: list[list[int]]
 
 
-def restore(
+def begin_or_resume(
     workdir: WorkDir,
     cohort: Cohort,
-    state: Any,
     identity: Identity,
+    lines: dict[int, Line],
     progress: Progress,
     startup: Startup,
-) -> Restored | None:
-    """The newest good checkpoint. Those newer than it are set aside, and what came of them.
+) -> Begun:
+    """Takes the newest good checkpoint, or starts. What does not belong to it is set aside.
 
-    Raises: InputError: there are some, but none is good; nothing has been changed. StorageError.
+    Args: lines: all that metrics.jsonl has.
+    Raises: InputError: there are checkpoints, but none is good; nothing has been changed.
+    StorageError.
     """
     folder = workdir.checkpoints_path
-    found = find_newest(folder, cohort.abstract_unpadded(state), identity)
+    found = find_newest(folder, cohort.abstract_unpadded(), identity, startup.agree)
     reasons = "; ".join(f"{step}: {why}" for step, why in found.bad.items())
     if found.bad and found.restored is None:
         raise InputError(str(folder), sorted(found.bad), f"none can be used ({reasons})")
     if found.bad:
         progress.say(f"checkpoints that cannot be used are set aside ({reasons})")
+    step = found.restored.step if found.restored else 0
     if is_primary():
         unusable = [folder / str(step) for step in found.bad]
-        if found.restored is None:  # killed before its first checkpoint was complete
-            unusable.append(workdir.encoder_path)
-        elif found.restored.step < identity.config.total_steps:
+        if step < identity.config.total_steps:
             unusable.append(workdir.summary_path)
-        set_aside(workdir.path, [path for path in unusable if path.exists()])
-    startup.ready()  # all processes see the folder as it is now
-    return found.restored
+        if found.restored is None:  # killed before its first checkpoint was complete
+            unusable += [workdir.encoder_path, *[workdir.metrics_path] * any(lines)]
+        workdir.set_aside(path for path in unusable if path.exists())
+    startup.agree({"step to go on from": step})  # all see the folder as it is now
+    if found.restored is None:
+        return Begun(cohort.initial_state(), Clock(), 0, {}, [])
+    if workdir.stored is not None and workdir.stored.data is None:
+        progress.say("this run has no record of its data set: the one found is taken for it")
+    kept = {at: line for at, line in lines.items() if at <= step}
+    state = cohort.padded(found.restored.state)
+    return Begun(state, found.restored.clock, step, kept, missing_steps(lines, step))
+
+
+def finished(
+    config: Config, info: DatasetInfo, workdir: WorkDir, startup: Startup
+) -> Summary | None:
+    """The summary of a run that is complete, with the encoder that belongs to it.
+
+    An encoder that is missing, or of another step, is made again from the last checkpoint.
+
+    Args:
+      config: resolved, but for mean and std.
+      info: of its data set, whose images are not read.
+      workdir: the run's folder.
+      startup: of several processes.
+    Returns: None: something is left to do.
+    Raises: InputError: another run lies here, or files that cannot be read. StorageError.
+    """
+    config = workdir.claim(config, info)
+    stored, total = workdir.stored, config.total_steps
+    if stored is None or not workdir.summary_path.exists():
+        return None
+    config = with_stored_stats(config, stored.config)
+    identity = Identity(config, data_digest(info.fingerprint))
+    summary = read_summary(workdir.summary_path)
+    steps = saved_steps(workdir.checkpoints_path)
+    run = summary.get("run", identity.digest)  # version 0.1.0 did not say
+    if steps[:1] != [total] or summary["steps"] != total or run != identity.digest:
+        return None
+    if encoder_step(workdir.encoder_path) == total:
+        return summary
+    placement = make_placement(config.devices, config.server_shards)
+    program = program_of(config, axes_of(config.server_shards), placement.devices)
+    cohort = Cohort(config, placement, program)
+    shapes, folder = cohort.abstract_unpadded(), workdir.checkpoints_path
+    newest = find_newest(folder, shapes, identity, startup.agree).restored
+    if newest is None or newest.step != total:
+        return None
+    variables = placement.fetch(cohort.network(cohort.padded(newest.state), total))
+    if is_primary():
+        save_encoder(workdir.encoder_path, config, variables, total)
+    return summary
 
 
 def open_metrics(
@@ -323,13 +361,6 @@ def compile_dispatch(jitted: Any, *args: Any) -> tuple[Callable[..., Any], float
     return compiled, time.monotonic() - started
 
 
-def _save_encoder(path: Path, config: Config, variables: Variables, step: int) -> None:
-    try:
-        save_encoder(path, config, variables, step)
-    except OSError as error:
-        raise StorageError(path, error) from None
-
-
 def _of(info: DatasetInfo) -> str:
     """What is known of the classes, and of where the test images come from."""
     names = info.class_names or ()
@@ -339,4 +370,4 @@ def _of(info: DatasetInfo) -> str:
 
 
 def _ranges(gaps: list[list[int]]) -> str:
-    return ", ".join(f"{first} to {last}" for first, last in gaps)
+    return ", ".join(f"{a} to {b}" if a < b else str(a) for a, b in gaps)

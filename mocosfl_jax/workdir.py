@@ -2,7 +2,12 @@
 
 import dataclasses
 import fcntl
+import functools
+import itertools
 import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -10,10 +15,8 @@ from mocosfl_jax.checkpoint import has_unfinished, saved_steps
 from mocosfl_jax.config import Config, config_from_json, differences
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.data.fingerprint import difference
-from mocosfl_jax.encoder import encoder_step
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.metrics import read_metrics
-from mocosfl_jax.storage import read_json, write_json
+from mocosfl_jax.storage import read_json, reason, write_json, writing
 
 
 class Stored(NamedTuple):
@@ -34,7 +37,7 @@ class WorkDir:
 
     def __init__(self, path: str | Path, primary: bool = True):
         self.primary = primary
-        self.path = Path(path).expanduser().absolute()
+        self.path = Path(path).absolute()
         self.config_path = self.path / "config.json"
         self.data_path = self.path / "dataset.json"
         self.metrics_path = self.path / "metrics.jsonl"
@@ -52,7 +55,7 @@ class WorkDir:
         Raises: InputError: another config or data set, or files that cannot be read.
         """
         _check_files(self)
-        stored = self.stored()
+        stored = self.stored
         if stored is None:
             return config
         moved = stored.config.dataset != config.dataset
@@ -66,6 +69,7 @@ class WorkDir:
         self.check_same(config)
         return config
 
+    @functools.cached_property
     def stored(self) -> Stored | None:
         """What lies here; None: no run.
 
@@ -78,10 +82,38 @@ class WorkDir:
 
         Raises: StorageError.
         """
-        if self.primary:
+        now = Stored(config, info.fingerprint)
+        if self.primary and now != self.stored:
             names = list(info.class_names) if info.class_names else None
             write_json(self.data_path, {"class_names": names, "fingerprint": info.fingerprint})
             write_json(self.config_path, dataclasses.asdict(config))
+        self.stored = now
+
+    def mark(self) -> None:
+        """Writes what only processes that see this very folder can read."""
+        if self._lock is not None:
+            with writing(self.path):
+                self._lock.write(secrets.token_hex(8))
+                self._lock.flush()
+                os.fsync(self._lock.fileno())
+
+    def read_mark(self) -> str:
+        """What `mark` wrote on the primary process, once that is done."""
+        path = self.path / ".lock"
+        return path.read_text() if path.exists() else "no such folder"
+
+    def set_aside(self, paths: Iterable[Path]) -> None:
+        """Renames files or folders of the run into DIR/set_aside, under names that are free.
+
+        Raises: StorageError.
+        """
+        target = self.path / "set_aside"
+        for path in paths:
+            with writing(path):
+                target.mkdir(exist_ok=True)
+                names = (path.name if n == 0 else f"{path.name}.{n}" for n in itertools.count())
+                free = next(target / name for name in names if not (target / name).exists())
+                shutil.move(path, free)  # `checkpoints` may be a link to another disk
 
     def close(self) -> None:
         if self._lock is not None:
@@ -93,7 +125,7 @@ class WorkDir:
 
         Raises: InputError: names what differs.
         """
-        stored = self.stored()
+        stored = self.stored
         if stored is None:
             return
         same_path = dataclasses.replace(stored.config, dataset=config.dataset)
@@ -112,8 +144,11 @@ def read_stored(path: Path) -> Stored | None:
     Raises: InputError: files that cannot be read.
     """
     config_path, data_path = path / "config.json", path / "dataset.json"
-    if not config_path.exists():
-        return None
+    try:
+        if not config_path.exists():
+            return None
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise InputError("--workdir", str(path), reason(error)) from None
     config = config_from_json(read_json(config_path), str(config_path))
     if not data_path.exists():
         return Stored(config, None)
@@ -132,22 +167,24 @@ def with_stored_stats(config: Config, stored: Config) -> Config:
     )
 
 
-def check_resumable(workdir: WorkDir) -> None:
+def check_resumable(workdir: WorkDir, config: Config, lines: Collection[int]) -> None:
     """Refuses a folder whose checkpoints are gone though it had some.
 
     A run that was killed before its first checkpoint leaves metrics and perhaps an unfinished one,
     and starts anew.
 
+    Args: config: resolved. lines: steps in its metrics.
     Raises: InputError.
     """
     folder = workdir.checkpoints_path
     if saved_steps(folder):
         return
-    lines = any(step > 0 for step in read_metrics(workdir.metrics_path))
+    interval = config.checkpoint_every * config.steps_per_round
     had_some = {
         workdir.summary_path: workdir.summary_path.exists(),
-        workdir.encoder_path: _was_saved(workdir.encoder_path) and not has_unfinished(folder),
-        workdir.metrics_path: lines and not folder.exists(),
+        workdir.encoder_path: workdir.encoder_path.exists() and not has_unfinished(folder),
+        # A save waits for the one before: beyond the second, the first was complete.
+        workdir.metrics_path: max(lines, default=0) > (2 * interval if folder.exists() else 0),
     }
     for path, proves in had_some.items():
         if proves:
@@ -155,9 +192,7 @@ def check_resumable(workdir: WorkDir) -> None:
             raise InputError("--workdir", str(workdir.path), allowed)
 
 
-def _was_saved(encoder: Path) -> bool:
-    """Whether an encoder file was written with a checkpoint; one of step 0 never is."""
-    return encoder.exists() and encoder_step(encoder) != 0
+_MOVE_AWAY = "move it away, or take another work directory"
 
 
 def _check_files(workdir: WorkDir) -> None:
@@ -171,10 +206,10 @@ def _check_files(workdir: WorkDir) -> None:
     )
     for path in files:
         if path.exists() and not path.is_file():
-            raise InputError(str(path), "no file", "a file of the run is needed here, or nothing")
+            raise InputError(str(path), "no regular file", _MOVE_AWAY)
     for path in (workdir.checkpoints_path, workdir.tensorboard_path):
         if path.exists() and not path.is_dir():
-            raise InputError(str(path), "no folder", "a folder of the run is needed, or nothing")
+            raise InputError(str(path), "no folder", _MOVE_AWAY)
 
 
 def _kind(dataset: str) -> str:

@@ -63,7 +63,7 @@ def copy(whole, tmp_path) -> Path:
 def find(npz) -> Callable[[Path], Found]:
     config, _ = tiny.load(npz, **FIELDS)
     cohort = Cohort(config, single_device(), program_of(config))
-    shapes = cohort.abstract_unpadded(cohort.initial_state())
+    shapes = cohort.abstract_unpadded()
 
     def find(folder: Path) -> Found:
         stored = read_stored(folder)
@@ -186,6 +186,10 @@ def seal(checkpoint: Path) -> None:
     (checkpoint / "seal" / "metadata").write_text("[]")
 
 
+def seal_gone(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint / "seal")
+
+
 def nothing_left(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
     checkpoint.mkdir()
@@ -209,6 +213,7 @@ DAMAGE = [
     clock,
     clock_gone,
     seal,
+    seal_gone,
     nothing_left,
     a_file,
     of_an_earlier_step,
@@ -231,13 +236,14 @@ def test_a_run_goes_on_from_the_checkpoint_before(copy, whole, npz, capsys):
     """The bad ones are kept, and numbers and encoder go back to the step that is resumed."""
     emptied(copy / "checkpoints" / "18")
     (copy / "checkpoints" / "999").mkdir()
+    (copy / "checkpoints" / "0999").mkdir()  # no step of ours
     damaged = contents(copy / "checkpoints" / "18")
     run(copy, npz)
     out = capsys.readouterr().out
     assert "set aside (999: " in out and "18: damaged" in out and "resumed at step 12" in out
     assert contents(copy / "set_aside" / "18") == damaged
     assert (copy / "set_aside" / "999").is_dir() and (copy / "set_aside" / "summary.json").exists()
-    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["12", "18", "6"]
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["0999", "12", "18", "6"]
     assert without_speed(lines(copy)) == without_speed(lines(whole))
     assert contents(copy)["encoder.safetensors"] == contents(whole)["encoder.safetensors"]
     states = (tiny.saved_state(f, npz, **FIELDS) for f in (copy, whole))
@@ -254,14 +260,22 @@ def test_checkpoints_of_other_runs_are_not_continued(copy, npz, tmp_path, find):
     assert "another config (rounds 1 -> 3, seed 1 -> 0)" in found.bad[18]
 
 
+def as_version_0_1(checkpoint: Path) -> None:
+    """Without a seal, and with a clock that says nothing of padding."""
+    shutil.rmtree(checkpoint / "seal")
+    clock = json.loads((checkpoint / "clock" / "metadata").read_text())
+    del clock["counts_padding"]
+    (checkpoint / "clock" / "metadata").write_text(json.dumps(clock))
+
+
 def test_checkpoints_of_another_width_are_not_continued(copy, npz):
     """As version 0.1.0 wrote them, without their config."""
     for checkpoint in (copy / "checkpoints").iterdir():
-        shutil.rmtree(checkpoint / "seal")
+        as_version_0_1(checkpoint)
     stored = read_stored(copy)
     config = dataclasses.replace(stored.config, width=8)
     cohort = Cohort(config, single_device(), program_of(config))
-    shapes = cohort.abstract_unpadded(cohort.initial_state())
+    shapes = cohort.abstract_unpadded()
     identity = Identity(config, data_digest(stored.data))
     found = find_newest(copy / "checkpoints", shapes, identity)
     assert found.restored is None and list(found.bad) == [18, 12, 6]

@@ -27,6 +27,7 @@ from tests import tiny
 from tests.test_step import assert_close
 from tests.test_train import ROOT, lines
 
+MAIN = ("mocosfl_jax.main",)
 TOLERANCE = 1e-3  # of the largest value, after 12 steps: sums over rows are added in another order
 FIELDS = {  # a cohort of 3 clients fills no mesh; what clients keep matters
     "cohort_size": 3,
@@ -175,19 +176,24 @@ def test_collectives_are_read_from_a_program():
     ]
 
 
-def processes(folder: Path, npz: Path, number: int, **fields) -> list[subprocess.Popen]:
-    """The command of one run as so many processes over loopback, two devices each."""
+def processes(
+    folder: Path, npz: Path, number: int, first: tuple[str, ...] = MAIN, **fields
+) -> list[subprocess.Popen]:
+    """The command of one run as so many processes over loopback, two devices each.
+
+    first: module, and its arguments, that process 0 runs.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2")
-    command = [sys.executable, "-m", "mocosfl_jax.main", "--config", "configs/cifar10.py"]
+    command = ["--config", "configs/cifar10.py"]
     command += [f"--workdir={folder}", *tiny.flags(npz, **{**FIELDS, **fields})]
     command.remove("--config.devices=1")
     command += [f"--coordinator=localhost:{port}", f"--num_processes={number}"]
     return [
         subprocess.Popen(
-            [*command, f"--process_id={i}"],
+            [sys.executable, "-m", *(MAIN if i else first), *command, f"--process_id={i}"],
             cwd=ROOT,
             env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
@@ -231,3 +237,13 @@ def test_a_refusal_of_one_process_reaches_the_other(npz, tmp_path):
     assert "in use by a running process" in outputs[0][1]
     assert "process 0 refused: --workdir" in outputs[1][1]
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_full_disk_of_one_process_ends_the_other(npz, tmp_path):
+    """It would wait for the first one, for ever."""
+    fault = "file_size=mocosfl_jax.checkpoint:digest:2:400"
+    both = processes(tmp_path, npz, 2, ("tests.broken_run", fault, "--"), rounds=40)
+    outputs = [p.communicate(timeout=100) for p in both]
+    assert [p.returncode for p in both] == [1, 1], outputs
+    assert "File too large; step 6 is saved" in outputs[0][1]
+    assert all(len(err.splitlines()) == 1 for _, err in outputs)

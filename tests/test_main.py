@@ -99,6 +99,11 @@ def test_a_folder_that_cannot_be_written(capsys, npz):
     assert "--workdir" in refused(capsys, command(npz))
 
 
+@pytest.mark.parametrize("path", ["x" * 300, "/proc/1/root/x/y", "odd\x7fname"])
+def test_a_folder_that_no_system_would_make(capsys, npz, path):
+    assert "--workdir" in refused(capsys, [*command(npz), "--workdir", path])
+
+
 def test_a_folder_with_a_broken_image(capsys, npz, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "pictures" / name).mkdir(parents=True)

@@ -177,7 +177,7 @@ def test_nobody_is_ready_before_all_are():
         last.ready()
         ready.result(timeout=60)
     first.ready()  # returns at once
-    first.refuse("too late to be shared, and no reason to end the tests")
+    first.refuse("too late to be shared, and no reason to end the tests", status=2)
 
 
 def test_alone_a_refusal_is_left_to_the_caller():

@@ -12,10 +12,11 @@ from mocosfl_jax.build import data_options, deal
 from mocosfl_jax.config import check_types, default_config
 from mocosfl_jax.data.sources import prepare_dataset
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.processes import Startup
 from mocosfl_jax.train import finished, train
 from mocosfl_jax.workdir import WorkDir, read_stored
 from tests import tiny
-from tests.test_checkpoint import contents
+from tests.test_checkpoint import as_version_0_1, contents
 
 FIELDS = {"image_size": 8, "rounds": 1, "knn_every": 0, "probe_epochs": 0}
 
@@ -93,7 +94,7 @@ def test_a_run_without_a_record_takes_the_data_set_that_is_found(copy, capsys):
     """As version 0.1.0 left it, whose mean and std must agree."""
     (copy / "run" / "dataset.json").unlink()
     (copy / "run" / "summary.json").unlink()
-    shutil.rmtree(copy / "run" / "checkpoints" / "6" / "seal")
+    as_version_0_1(copy / "run" / "checkpoints" / "6")
     other = pictures(copy / "other")
     Image.new("RGB", (8, 8), (9, 9, 9)).save(other / "a" / "00.png")
     with pytest.raises(InputError, match=r"another config \(mean .* std "):
@@ -115,7 +116,7 @@ def test_a_finished_run_decodes_no_image(copy, monkeypatch):
     workdir = WorkDir(copy / "run")
     for path in (copy / "pictures").rglob("*.png"):
         path.write_bytes(b"x" * path.stat().st_size)
-    assert finished(config, prepared.info, workdir)["steps"] == 6
+    assert finished(config, prepared.info, workdir, Startup())["steps"] == 6
     workdir.close()
 
 

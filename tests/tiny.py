@@ -72,7 +72,7 @@ def saved_state(folder: Path, npz: Path, **fields):
     cohort = Cohort(config, single_device(), program_of(config))
     stored = read_stored(folder)
     identity = Identity(stored.config, data_digest(stored.data))
-    shapes = cohort.abstract_unpadded(cohort.initial_state())
+    shapes = cohort.abstract_unpadded()
     found = find_newest(folder / "checkpoints", shapes, identity)
     assert not found.bad
     return found.restored.state

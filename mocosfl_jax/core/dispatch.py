@@ -34,7 +34,7 @@ class Normalisation(NamedTuple):
 
 
 class DispatchOutput(NamedTuple):
-    """What a dispatch of S steps tells.
+    """What a dispatch of S steps reports.
 
     loss, accuracy: (S,) of each step, before its update. learning_rate: (S,) float32, the server's
     rate in each step. finite: () bool, whether every loss and every online parameter at the end is

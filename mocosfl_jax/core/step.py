@@ -53,7 +53,7 @@ class Method:
         """Raises: ValueError: parts of a cohort with a BatchNorm head."""
         if self.cohort_chunks > 1 and self.model.head.batch_norm:
             raise ValueError(
-                f"cohort_chunks = {self.cohort_chunks}: a BatchNorm head sees all rows at once: 1"
+                f"cohort_chunks = {self.cohort_chunks}: a BatchNorm head needs all rows: 1"
             )
 
 

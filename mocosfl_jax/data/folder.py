@@ -208,7 +208,8 @@ def _pictures(paths: Iterable[Path]) -> list[_Picture]:
 
 def _has_image_name(path: Path) -> bool:
     file_format = Image.registered_extensions().get(path.suffix.lower())
-    return path.name[0] != "." and file_format in Image.OPEN
+    readable = file_format in Image.OPEN or file_format == "MPO"  # JPEG's reader takes these
+    return path.name[0] != "." and readable
 
 
 def _num_bytes(path: Path) -> int | None:

@@ -49,10 +49,12 @@ class Splits(NamedTuple):
 def evaluation_data(dataset: Dataset) -> EvaluationData | str:
     """The labelled splits, or why there are none."""
     train, test, classes = dataset.train, dataset.test, dataset.info.num_classes
+    if train.labels is None or classes is None:
+        return "the images have no labels"
     if test is None:
         return "there is no test split"
-    if train.labels is None or test.labels is None or classes is None:
-        return "the images have no labels"
+    if test.labels is None:
+        return "the test images have no labels"
     return EvaluationData(
         LabelledImages(train.images, train.labels),
         LabelledImages(test.images, test.labels),

@@ -89,7 +89,7 @@ def raw_pixel_top1(
     correct = 0
     for queries, labels in _blocks(images_MHWC, labels_M):
         query_MD = features(queries)
-        best = _nobody(len(query_MD), k)
+        best = _no_neighbours(len(query_MD), k)
         for images, bank_labels in _blocks(bank_NHWC, bank_labels_N):
             best = _nearer(best, query_MD, features(images), bank_labels.astype(np.int32))
             jax.block_until_ready(best)  # else a CPU would encode blocks faster than it uses them
@@ -113,7 +113,7 @@ def _blocks(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[np.ndarray
         yield images[start : start + BLOCK], labels[start : start + BLOCK]
 
 
-def _nobody(queries: int, k: int) -> _Nearest:
+def _no_neighbours(queries: int, k: int) -> _Nearest:
     return _Nearest(jnp.full((queries, k), -jnp.inf), jnp.zeros((queries, k), jnp.int32))
 
 

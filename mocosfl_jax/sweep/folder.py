@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class SweepFolder:
     """A sweep's folder; `hold` makes it this process's own, reading needs no lock."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser().absolute()
+        self.path = Path(os.path.expanduser(path)).absolute()
         self.definition_path = self.path / "sweep.json"
         self.slurm_path = self.path / "slurm"
 
