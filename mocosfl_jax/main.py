@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from mocosfl_jax.config import Config
     from mocosfl_jax.data.dataset import Prepared
     from mocosfl_jax.processes import Startup
-    from mocosfl_jax.storage import StorageError
-    from mocosfl_jax.workdir import Stored, WorkDir
+    from mocosfl_jax.workdir import Stored
 
 FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 1, 2, 130, 143
 
@@ -142,13 +141,7 @@ def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Config, Prepared
 
 
 def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
-    from mocosfl_jax.processes import (
-        Startup,
-        end_process,
-        is_primary,
-        several,
-        use_compilation_cache,
-    )
+    from mocosfl_jax.processes import Startup, is_primary, use_compilation_cache
     from mocosfl_jax.storage import StorageError
     from mocosfl_jax.summary import results_table
     from mocosfl_jax.train import Interrupted, NonFiniteError, finished, train
@@ -170,25 +163,13 @@ def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
         print(f"mocosfl_jax: {error}; earlier checkpoints are kept", file=sys.stderr)
         return FAILED
     except StorageError as error:
-        print(f"mocosfl_jax: {error}; {_saved(workdir, error)}", file=sys.stderr)
-        if several():
-            end_process(FAILED)  # the usual way out would wait for processes that have left
+        print(f"mocosfl_jax: {workdir.explain(error)}", file=sys.stderr)
         return FAILED
     finally:
         workdir.close()
     if is_primary():
         print(results_table(summary))
     return 0
-
-
-def _saved(workdir: "WorkDir", error: "StorageError") -> str:
-    from mocosfl_jax.checkpoint import saved_steps
-    from mocosfl_jax.storage import out_of_room
-
-    steps = saved_steps(workdir.checkpoints_path)
-    saved = f"step {steps[0]} is saved" if steps else "no step is saved yet"
-    when = "there is room" if out_of_room(error.reason) else "that is mended"
-    return f"{saved}, and the same command resumes once {when}"
 
 
 # --------------------------------------------------------------------------------------- dry run

@@ -56,7 +56,7 @@ class StopRequest:
             raise StopRequested
 
     def fail(self, reason: str) -> None:
-        """Tells the other processes that this one cannot go on, and returns when they have left."""
+        """Ends all processes of a run, as this one cannot go on; one that is alone goes its way."""
 
     def close(self) -> None: ...
 
@@ -86,8 +86,10 @@ class JointStopRequest(StopRequest):
             return self._calls >= self._first_yes
 
     def fail(self, reason: str) -> None:
+        say(reason)
         self._notices.post("failure", reason)
         self._notices.wait("failure", FAREWELL_SECONDS)
+        end_process(1)
 
     def close(self) -> None:
         """Leaves the number of calls for processes that are asked to stop later."""

@@ -193,7 +193,7 @@ def train(
             text = f"stopped at step {step} of {config.total_steps}, which is saved"
             raise Interrupted(text) from None
         except StorageError as error:
-            stop.fail(str(error))
+            stop.fail(workdir.explain(error))
             raise
         checkpoints.wait()
         metrics.flush()

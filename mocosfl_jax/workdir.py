@@ -16,7 +16,14 @@ from mocosfl_jax.config import Config, config_from_json, differences
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.data.fingerprint import difference
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.storage import read_json, reason, write_json, writing
+from mocosfl_jax.storage import (
+    StorageError,
+    out_of_room,
+    read_json,
+    reason,
+    write_json,
+    writing,
+)
 
 
 class Stored(NamedTuple):
@@ -114,6 +121,13 @@ class WorkDir:
                 names = (path.name if n == 0 else f"{path.name}.{n}" for n in itertools.count())
                 free = next(target / name for name in names if not (target / name).exists())
                 shutil.move(path, free)  # `checkpoints` may be a link to another disk
+
+    def explain(self, error: StorageError) -> str:
+        """What could not be written, what is saved, and when the same command goes on."""
+        steps = saved_steps(self.checkpoints_path)
+        saved = f"step {steps[0]} is saved" if steps else "no step is saved yet"
+        when = "there is room" if out_of_room(error.reason) else "that is mended"
+        return f"{error}; {saved}, and the same command resumes once {when}"
 
     def close(self) -> None:
         if self._lock is not None:

@@ -241,9 +241,10 @@ def test_a_refusal_of_one_process_reaches_the_other(npz, tmp_path):
 
 def test_a_full_disk_of_one_process_ends_the_other(npz, tmp_path):
     """It would wait for the first one, for ever."""
-    fault = "file_size=mocosfl_jax.checkpoint:digest:2:400"
+    fault = "file_size=mocosfl_jax.metrics:MetricsFile.flush:2:100"
     both = processes(tmp_path, npz, 2, ("tests.broken_run", fault, "--"), rounds=40)
     outputs = [p.communicate(timeout=100) for p in both]
     assert [p.returncode for p in both] == [1, 1], outputs
-    assert "File too large; step 6 is saved" in outputs[0][1]
+    assert "metrics.jsonl cannot be written: File too large; step 6 is saved" in outputs[0][1]
+    assert "process 0 failed: " in outputs[1][1]
     assert all(len(err.splitlines()) == 1 for _, err in outputs)
