@@ -62,7 +62,7 @@ class _ConfigFile(flags.ArgumentParser):
             found = type(config).__name__
             allowed = f"get_config() must return a ConfigDict, but returns {found}"
             raise InputError(self._name, argument, allowed)
-        return config.lock()
+        return self._guard(argument, config.lock)
 
     def _guard(self, argument: str, run: Callable[[], Any]) -> Any:
         try:

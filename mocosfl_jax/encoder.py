@@ -23,6 +23,7 @@ from mocosfl_jax.config import Config, config_from_json
 from mocosfl_jax.data.pixels import square_rgb
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.features import encode
+from mocosfl_jax.machine import machine_memory_bytes
 from mocosfl_jax.models.split import Encoded, SplitModel, Variables
 from mocosfl_jax.resolve import check_fields
 from mocosfl_jax.storage import write_bytes
@@ -260,6 +261,8 @@ def _config_of(description: _Description) -> Config:
         if getattr(config, name) is None:
             raise ValueError(f"field {name!r} is missing")
     check_fields(config)
+    if 12 * config.image_size**2 > machine_memory_bytes():
+        raise ValueError(f"field 'image_size' is {config.image_size}: no image of it fits memory")
     return config
 
 

@@ -209,9 +209,9 @@ def _check_folder(folder: Path, config: "Config", prepared: "Prepared") -> None:
 def _machine_checks(config: "Config", prepared: "Prepared") -> Iterator[Callable[[], None]]:
     from mocosfl_jax.build import program_of
     from mocosfl_jax.data.sources import check_memory
-    from mocosfl_jax.machine import device_memory_bytes
+    from mocosfl_jax.machine import device_memory_bytes, machine_memory_bytes
     from mocosfl_jax.placement import axes_of, make_placement, single_device
-    from mocosfl_jax.plan import check_fits
+    from mocosfl_jax.plan import check_clients_fit, check_fits
     from mocosfl_jax.rounds import Cohort
 
     def devices() -> None:
@@ -225,6 +225,7 @@ def _machine_checks(config: "Config", prepared: "Prepared") -> Iterator[Callable
 
     yield devices
     yield lambda: check_memory(prepared.info)
+    yield lambda: check_clients_fit(config, machine_memory_bytes())
     yield state
 
 

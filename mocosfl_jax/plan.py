@@ -30,6 +30,9 @@ COMPILER_A_CONVOLUTION = 48_000_000
 up to their compiled dispatch, less their images and state. Measured with XLA for CPUs, an empty
 compilation cache: 560 to 650 MB with 9 convolutions in the network, 1,130 MB with 20."""
 
+_BYTES_A_CLIENT = 40
+"""On the host: id, size, and the copies that drawing a cohort and describing them make."""
+
 _FLOAT = 4
 
 
@@ -171,6 +174,21 @@ def check_fits(config: Config, state_bytes: dict[str, int], memory_bytes: int) -
         f" {2 * state_bytes[part] / 1e9:.1f} GB, and a device has {memory_bytes / 1e9:.1f} GB:"
         f" {hint}",
     )
+
+
+def check_clients_fit(config: Config, memory_bytes: int) -> None:
+    """Raises: InputError: the host could not hold the ids and sizes of all clients.
+
+    Args: memory_bytes: main memory.
+    """
+    needed = _BYTES_A_CLIENT * config.num_clients
+    if needed > memory_bytes:
+        raise InputError(
+            "config.num_clients",
+            config.num_clients,
+            f"their ids and sizes alone take {needed / 1e9:.0f} GB, the machine has"
+            f" {memory_bytes / 1e9:.0f}",
+        )
 
 
 def _images(config: Config) -> jax.ShapeDtypeStruct:

@@ -25,7 +25,7 @@ from mocosfl_jax.data.partition import ClientImages, describe
 from mocosfl_jax.encoder import encoder_step, save_encoder
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluator import Evaluator
-from mocosfl_jax.machine import device_memory_bytes
+from mocosfl_jax.machine import device_memory_bytes, machine_memory_bytes
 from mocosfl_jax.metrics import (
     Board,
     Line,
@@ -37,7 +37,7 @@ from mocosfl_jax.metrics import (
 )
 from mocosfl_jax.models.split import Variables
 from mocosfl_jax.placement import axes_of, make_placement
-from mocosfl_jax.plan import check_fits
+from mocosfl_jax.plan import check_clients_fit, check_fits
 from mocosfl_jax.processes import Startup, common_fields, is_primary, several
 from mocosfl_jax.progress import Progress
 from mocosfl_jax.recorder import NonFiniteError, Recorder
@@ -88,6 +88,7 @@ def train(
     program = program_of(config, axes_of(config.server_shards), placement.devices)
     cohort = Cohort(config, placement, program)
     check_fits(config, cohort.bytes_a_device(), device_memory_bytes())
+    check_clients_fit(config, machine_memory_bytes())
     partition = partition_of(config, len(dataset.train.images), dataset.train.labels)
     sampler = CohortSampler(partition, config.cohort_size, config.seed)
     lines = read_metrics(workdir.metrics_path)

@@ -6,8 +6,9 @@ import pytest
 
 from mocosfl_jax.config import Config, check_types, default_config
 from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.raw_pixels import BLOCK
-from mocosfl_jax.plan import Memory, estimate_memory, plan
+from mocosfl_jax.plan import Memory, check_clients_fit, estimate_memory, plan
 from mocosfl_jax.resolve import resolve
 
 INFO = DatasetInfo("images", num_train=700, num_test=90, image_size=12, num_classes=3)
@@ -127,3 +128,10 @@ def test_training_and_evaluation_take_turns():
     assert evaluated.total == 980_004_321
     assert evaluated.device == 900_004_000
     assert evaluated.host == 80_000_321
+
+
+def test_more_clients_than_the_host_can_list_are_refused():
+    config = resolved(num_clients=1000, images_per_client=5)
+    check_clients_fit(config, 40_000)
+    with pytest.raises(InputError, match=r"num_clients = 1000: their ids and sizes alone"):
+        check_clients_fit(config, 39_999)
