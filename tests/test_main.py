@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_written(capsys, npz):
     assert "--workdir" in refused(capsys, command(npz))
 
 
-@pytest.mark.parametrize("path", ["x" * 300, "/proc/1/root/x/y", "odd\x7fname"])
+@pytest.mark.parametrize("path", ["x" * 300, "odd\x7fname", "~nobody-here/x"])
 def test_a_folder_that_no_system_would_make(capsys, npz, path):
     assert "--workdir" in refused(capsys, [*command(npz), "--workdir", path])
 
