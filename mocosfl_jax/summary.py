@@ -21,6 +21,7 @@ Summary = dict[str, Any]
 
 def summarize(
     config: Config,
+    run: str,
     clock: Clock,
     results: dict[str, float | None],
     dataset: Dataset,
@@ -32,12 +33,13 @@ def summarize(
     images_per_second counts images, without the padding of clients that have fewer than a batch;
     `padding_counted` is False for that, and is missing where version 0.1.0 counted padding too.
 
-    Args: gaps: first and last of the steps that metrics.jsonl lacks.
+    Args: run: `Identity.digest`. gaps: first and last of the steps that metrics.jsonl lacks.
     """
     sizes = plan(config)
     pace = clock.trained_images / clock.train_seconds if clock.train_seconds else None
     return {
         **results,
+        "run": run,
         "knn_top1_at_init": clock.knn_top1_at_init,
         "test_images": len(dataset.test.images) if dataset.test else 0,
         "steps": config.total_steps,

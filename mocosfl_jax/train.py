@@ -199,8 +199,8 @@ def train(
         checkpoints.wait()
         metrics.flush()
         clock.wall_seconds = wall_before + time.monotonic() - started
-        summary = summarize(config, clock, results, dataset, placement, begun.gaps)
-        summary["run"] = identity.digest
+        run, gaps = identity.digest, begun.gaps
+        summary = summarize(config, run, clock, results, dataset, placement, gaps)
         if is_primary():
             write_json(workdir.summary_path, summary)
     return summary
