@@ -24,15 +24,15 @@ from typing import Any
 import jax
 
 from benchmarks.devices import load_config, random_images
-from mocosfl_jax.build import partition_of, program_of
 from mocosfl_jax.config import Config
+from mocosfl_jax.config.build import partition_of, program_of
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset
-from mocosfl_jax.data.feed import Dispatch, dispatches
 from mocosfl_jax.data.partition import by_classes
-from mocosfl_jax.placement import axes_of, make_placement
-from mocosfl_jax.processes import use_compilation_cache
-from mocosfl_jax.rounds import Cohort, place_inputs, run_constants
+from mocosfl_jax.federated.placement import axes_of, make_placement
+from mocosfl_jax.run.feed import Dispatch, dispatches
+from mocosfl_jax.run.processes import use_compilation_cache
+from mocosfl_jax.run.rounds import Cohort, place_inputs, run_constants
 
 REGISTERED = (100, 1_000, 10_000, 100_000, 1_000_000)
 ACTIVE = (10, 100, 1_000)

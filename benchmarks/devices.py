@@ -24,16 +24,16 @@ import jax
 import numpy as np
 
 from benchmarks.step import CIFAR10
-from mocosfl_jax.build import partition_of, program_of
 from mocosfl_jax.config import Config, check_types
+from mocosfl_jax.config.build import partition_of, program_of
+from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset, Split
-from mocosfl_jax.data.feed import dispatches
+from mocosfl_jax.federated.placement import axes_of, make_placement
 from mocosfl_jax.main import define_flags
-from mocosfl_jax.placement import axes_of, make_placement
-from mocosfl_jax.plan import plan
-from mocosfl_jax.resolve import resolve
-from mocosfl_jax.rounds import Cohort, place_inputs, run_constants
+from mocosfl_jax.run.feed import dispatches
+from mocosfl_jax.run.plan import plan
+from mocosfl_jax.run.rounds import Cohort, place_inputs, run_constants
 
 ITEM_BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f64": 8, "u8": 1}
 OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")

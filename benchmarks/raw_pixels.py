@@ -12,8 +12,9 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from mocosfl_jax.build import data_options
 from mocosfl_jax.config import Config, check_types
+from mocosfl_jax.config.build import data_options
+from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.dataset import channel_stats
 from mocosfl_jax.data.sources import inspect_dataset, load_dataset
 from mocosfl_jax.evaluation.protocols import (
@@ -25,7 +26,6 @@ from mocosfl_jax.evaluation.protocols import (
     probe,
 )
 from mocosfl_jax.evaluation.raw_pixels import raw_pixel_features, raw_pixel_top1
-from mocosfl_jax.resolve import resolve
 
 
 def measure(config: Config, data: EvaluationData) -> dict[str, float]:

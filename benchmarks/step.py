@@ -25,14 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mocosfl_jax.build import initial_state, program_of
 from mocosfl_jax.config import Config, check_types, default_config
-from mocosfl_jax.core.dispatch import Images, Normalisation, Program, run_dispatch
-from mocosfl_jax.core.step import Batch, Rates, train_step
+from mocosfl_jax.config.build import initial_state, program_of
+from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.augment import two_views
 from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.federated.dispatch import Images, Normalisation, Program, run_dispatch
+from mocosfl_jax.methods.mocosfl.step import Batch, Rates, train_step
 from mocosfl_jax.models.resnet import STEMS
-from mocosfl_jax.resolve import resolve
 
 CIFAR10 = DatasetInfo(
     name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10

@@ -18,15 +18,15 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from mocosfl_jax import __version__
-from mocosfl_jax.build import model_of
-from mocosfl_jax.config import Config, config_from_json
+from mocosfl_jax.config.build import model_of
+from mocosfl_jax.config.fields import Config, config_from_json
+from mocosfl_jax.config.resolve import check_fields
 from mocosfl_jax.data.pixels import square_rgb
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.machine import machine_memory_bytes
 from mocosfl_jax.models.split import Encoded, SplitModel, Variables
-from mocosfl_jax.resolve import check_fields
-from mocosfl_jax.storage import write_bytes
+from mocosfl_jax.run.storage import write_bytes
 
 FILE_NAME = "encoder.safetensors"
 

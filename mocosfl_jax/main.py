@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mocosfl_jax.commandline import parse
-from mocosfl_jax.console import quiet_libraries, unbreakable_output
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.run.commandline import parse
+from mocosfl_jax.run.console import quiet_libraries, unbreakable_output
 
 if TYPE_CHECKING:
     from mocosfl_jax.config import Config
     from mocosfl_jax.data.dataset import Prepared
-    from mocosfl_jax.processes import Startup
-    from mocosfl_jax.workdir import Stored
+    from mocosfl_jax.run.processes import Startup
+    from mocosfl_jax.run.workdir import Stored
 
 FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 1, 2, 130, 143
 
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     try:
         if not _join_processes(argv):
             return _command(argv)
-        from mocosfl_jax.processes import shared_refusals
+        from mocosfl_jax.run.processes import shared_refusals
 
         with shared_refusals() as startup:
             return _command(argv, startup)
@@ -86,7 +86,7 @@ def _join_processes(argv: list[str]) -> bool:
     alone = not values.multihost and place == (None, None, None)
     if alone or values.dry_run or values.help:
         return False  # without JAX, whose import takes a second: a typing mistake is answered soon
-    from mocosfl_jax.processes import initialize
+    from mocosfl_jax.run.processes import initialize
 
     initialize(values.multihost, *place)
     return True
@@ -125,10 +125,10 @@ def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Config, Prepared
     Raises: InputError: a field, or data, that cannot be used.
     """
     # Imported here so that a typing mistake on the command line is answered at once.
-    from mocosfl_jax.build import data_options, deal
     from mocosfl_jax.config import check_types
+    from mocosfl_jax.config.build import data_options, deal
+    from mocosfl_jax.config.resolve import check_fields
     from mocosfl_jax.data.sources import prepare_dataset
-    from mocosfl_jax.resolve import check_fields
 
     config = check_types(raw)
     check_fields(config)
@@ -141,11 +141,11 @@ def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Config, Prepared
 
 
 def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
-    from mocosfl_jax.processes import Startup, is_primary, use_compilation_cache
-    from mocosfl_jax.storage import StorageError
-    from mocosfl_jax.summary import results_table
+    from mocosfl_jax.run.processes import Startup, is_primary, use_compilation_cache
+    from mocosfl_jax.run.storage import StorageError
+    from mocosfl_jax.run.summary import results_table
+    from mocosfl_jax.run.workdir import WorkDir, read_stored
     from mocosfl_jax.train import Interrupted, NonFiniteError, finished, train
-    from mocosfl_jax.workdir import WorkDir, read_stored
 
     config, prepared = _settle(raw, read_stored(path))
     use_compilation_cache(config.compilation_cache)
@@ -180,7 +180,7 @@ def _dry_run(raw: ConfigDict, path: str | None) -> int:
 
     Devices and memory may be those of another machine: what does not fit here is a line, no error.
     """
-    from mocosfl_jax.workdir import read_stored
+    from mocosfl_jax.run.workdir import read_stored
 
     folder = _folder(path) if path else None
     config, prepared = _settle(raw, read_stored(folder) if folder else None)
@@ -197,8 +197,8 @@ def _dry_run(raw: ConfigDict, path: str | None) -> int:
 
 def _check_folder(folder: Path, config: "Config", prepared: "Prepared") -> None:
     """Raises: InputError: a run there would be refused."""
-    from mocosfl_jax.metrics import read_metrics
-    from mocosfl_jax.workdir import WorkDir, check_free, check_resumable
+    from mocosfl_jax.run.metrics import read_metrics
+    from mocosfl_jax.run.workdir import WorkDir, check_free, check_resumable
 
     check_free(folder)
     workdir = WorkDir(folder, primary=False)
@@ -207,12 +207,12 @@ def _check_folder(folder: Path, config: "Config", prepared: "Prepared") -> None:
 
 
 def _machine_checks(config: "Config", prepared: "Prepared") -> Iterator[Callable[[], None]]:
-    from mocosfl_jax.build import program_of
+    from mocosfl_jax.config.build import program_of
     from mocosfl_jax.data.sources import check_memory
+    from mocosfl_jax.federated.placement import axes_of, make_placement, single_device
     from mocosfl_jax.machine import device_memory_bytes, machine_memory_bytes
-    from mocosfl_jax.placement import axes_of, make_placement, single_device
-    from mocosfl_jax.plan import check_clients_fit, check_fits
-    from mocosfl_jax.rounds import Cohort
+    from mocosfl_jax.run.plan import check_clients_fit, check_fits
+    from mocosfl_jax.run.rounds import Cohort
 
     def devices() -> None:
         make_placement(config.devices, config.server_shards)
@@ -232,7 +232,7 @@ def _machine_checks(config: "Config", prepared: "Prepared") -> Iterator[Callable
 def _print_plan(config: "Config", prepared: "Prepared") -> None:
     import jax
 
-    from mocosfl_jax.plan import estimate_memory, plan
+    from mocosfl_jax.run.plan import estimate_memory, plan
 
     for name, value in dataclasses.asdict(config).items():
         print(f"{name}: {value}")

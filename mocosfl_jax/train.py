@@ -7,8 +7,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from mocosfl_jax.build import partition_of, program_of
-from mocosfl_jax.checkpoint import (
+from mocosfl_jax.config import Config
+from mocosfl_jax.config.build import partition_of, program_of
+from mocosfl_jax.data.cohort import CohortSampler
+from mocosfl_jax.data.dataset import Dataset, DatasetInfo, channel_stats
+from mocosfl_jax.data.partition import ClientImages, describe
+from mocosfl_jax.encoder import encoder_step, save_encoder
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.federated.placement import axes_of, make_placement
+from mocosfl_jax.federated.state import TrainState
+from mocosfl_jax.machine import device_memory_bytes, machine_memory_bytes
+from mocosfl_jax.models.split import Variables
+from mocosfl_jax.run.checkpoint import (
     Checkpoints,
     Clock,
     Identity,
@@ -16,17 +26,9 @@ from mocosfl_jax.checkpoint import (
     find_newest,
     saved_steps,
 )
-from mocosfl_jax.config import Config
-from mocosfl_jax.core.state import TrainState
-from mocosfl_jax.data.cohort import CohortSampler
-from mocosfl_jax.data.dataset import Dataset, DatasetInfo, channel_stats
-from mocosfl_jax.data.feed import dispatches, prefetch
-from mocosfl_jax.data.partition import ClientImages, describe
-from mocosfl_jax.encoder import encoder_step, save_encoder
-from mocosfl_jax.errors import InputError
-from mocosfl_jax.evaluator import Evaluator
-from mocosfl_jax.machine import device_memory_bytes, machine_memory_bytes
-from mocosfl_jax.metrics import (
+from mocosfl_jax.run.evaluator import Evaluator
+from mocosfl_jax.run.feed import dispatches, prefetch
+from mocosfl_jax.run.metrics import (
     Board,
     Line,
     Metrics,
@@ -35,17 +37,15 @@ from mocosfl_jax.metrics import (
     missing_steps,
     read_metrics,
 )
-from mocosfl_jax.models.split import Variables
-from mocosfl_jax.placement import axes_of, make_placement
-from mocosfl_jax.plan import check_clients_fit, check_fits
-from mocosfl_jax.processes import Startup, common_fields, is_primary, several
-from mocosfl_jax.progress import Progress
-from mocosfl_jax.recorder import NonFiniteError, Recorder
-from mocosfl_jax.rounds import Cohort, place_inputs, run_constants
-from mocosfl_jax.stopping import StopRequested, stop_requests
-from mocosfl_jax.storage import StorageError, write_json
-from mocosfl_jax.summary import Summary, read_summary, summarize
-from mocosfl_jax.workdir import WorkDir, check_resumable, with_stored_stats
+from mocosfl_jax.run.plan import check_clients_fit, check_fits
+from mocosfl_jax.run.processes import Startup, common_fields, is_primary, several
+from mocosfl_jax.run.progress import Progress
+from mocosfl_jax.run.recorder import NonFiniteError, Recorder
+from mocosfl_jax.run.rounds import Cohort, place_inputs, run_constants
+from mocosfl_jax.run.stopping import StopRequested, stop_requests
+from mocosfl_jax.run.storage import StorageError, write_json
+from mocosfl_jax.run.summary import Summary, read_summary, summarize
+from mocosfl_jax.run.workdir import WorkDir, check_resumable, with_stored_stats
 
 __all__ = ["Interrupted", "NonFiniteError", "finished", "train"]
 

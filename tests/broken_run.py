@@ -56,8 +56,8 @@ FAULTS: dict[str, Callable[..., None]] = {
 
 
 if __name__ == "__main__":
-    from mocosfl_jax.console import quiet_libraries, unbreakable_output
     from mocosfl_jax.main import main
+    from mocosfl_jax.run.console import quiet_libraries, unbreakable_output
 
     split = sys.argv.index("--")
     for argument in sys.argv[1:split]:

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mocosfl_jax.core.queue import Queue
-from mocosfl_jax.core.sgd import sgd
-from mocosfl_jax.core.state import TrainState, begin_round, create_state, end_round
-from mocosfl_jax.core.step import Batch, Method, Rates, train_step
 from mocosfl_jax.evaluation.knn import knn_scores
+from mocosfl_jax.federated.state import TrainState, begin_round, create_state, end_round
+from mocosfl_jax.learning.queue import Queue
+from mocosfl_jax.learning.sgd import sgd
+from mocosfl_jax.methods.mocosfl.step import Batch, Method, Rates, train_step
 from mocosfl_jax.models.bottleneck import parse_bottleneck
 from mocosfl_jax.models.split import Params, SplitModel, build_model
 from tests.named_arrays import normal, parameter

@@ -14,14 +14,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mocosfl_jax.build import program_of
-from mocosfl_jax.checkpoint import Clock, Found, Identity, data_digest, digest, find_newest
+from mocosfl_jax.config.build import program_of
 from mocosfl_jax.encoder import encoder_step
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.placement import single_device
-from mocosfl_jax.rounds import Cohort
+from mocosfl_jax.federated.placement import single_device
+from mocosfl_jax.run.checkpoint import Clock, Found, Identity, data_digest, digest, find_newest
+from mocosfl_jax.run.rounds import Cohort
+from mocosfl_jax.run.workdir import WorkDir, read_stored
 from mocosfl_jax.train import train
-from mocosfl_jax.workdir import WorkDir, read_stored
 from tests import tiny
 from tests.test_train import lines, without_speed
 

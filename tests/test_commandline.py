@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mocosfl_jax.commandline import parse
 from mocosfl_jax.config import Config, check_types
 from mocosfl_jax.main import define_flags, main
+from mocosfl_jax.run.commandline import parse
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.py")
 

@@ -12,8 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import mocosfl_jax
-from mocosfl_jax.build import deal, program_of
-from mocosfl_jax.config import (
+from mocosfl_jax.config.build import deal, program_of
+from mocosfl_jax.config.fields import (
     EXECUTION_FIELDS,
     Config,
     check_types,
@@ -21,13 +21,13 @@ from mocosfl_jax.config import (
     default_config,
     differences,
 )
+from mocosfl_jax.config.resolve import check_fields, resolve
 from mocosfl_jax.data.dataset import DatasetInfo, Prepared
 from mocosfl_jax.data.partition import dirichlet, iid
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.placement import single_device
-from mocosfl_jax.plan import check_fits
-from mocosfl_jax.resolve import check_fields, resolve
-from mocosfl_jax.rounds import Cohort
+from mocosfl_jax.federated.placement import single_device
+from mocosfl_jax.run.plan import check_fits
+from mocosfl_jax.run.rounds import Cohort
 
 CIFAR10 = DatasetInfo(
     name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10

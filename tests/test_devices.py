@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from benchmarks.devices import collectives
-from mocosfl_jax.build import partition_of, program_of
+from mocosfl_jax.config.build import partition_of, program_of
 from mocosfl_jax.data.cohort import CohortSampler
-from mocosfl_jax.data.feed import dispatches
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.placement import axes_of, make_placement
-from mocosfl_jax.progress import Progress
-from mocosfl_jax.rounds import Cohort, place_inputs, run_constants
+from mocosfl_jax.federated.placement import axes_of, make_placement
+from mocosfl_jax.run.feed import dispatches
+from mocosfl_jax.run.progress import Progress
+from mocosfl_jax.run.rounds import Cohort, place_inputs, run_constants
+from mocosfl_jax.run.workdir import WorkDir
 from mocosfl_jax.train import Interrupted, train
-from mocosfl_jax.workdir import WorkDir
 from tests import tiny
 from tests.test_step import assert_close
 from tests.test_train import ROOT, lines
@@ -241,7 +241,7 @@ def test_a_refusal_of_one_process_reaches_the_other(npz, tmp_path):
 
 def test_a_full_disk_of_one_process_ends_the_other(npz, tmp_path):
     """It would wait for the first one, for ever."""
-    fault = "file_size=mocosfl_jax.metrics:MetricsFile.flush:2:100"
+    fault = "file_size=mocosfl_jax.run.metrics:MetricsFile.flush:2:100"
     both = processes(tmp_path, npz, 2, ("tests.broken_run", fault, "--"), rounds=40)
     outputs = [p.communicate(timeout=100) for p in both]
     assert [p.returncode for p in both] == [1, 1], outputs

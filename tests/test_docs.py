@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from mocosfl_jax.commandline import parse
 from mocosfl_jax.config import Config, check_types
+from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.dataset import DatasetInfo, Request
 from mocosfl_jax.data.sources import inspect_dataset
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.main import define_flags
-from mocosfl_jax.resolve import resolve
+from mocosfl_jax.run.commandline import parse
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ROOT / "docs" / "settings.md"

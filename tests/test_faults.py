@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from mocosfl_jax.checkpoint import saved_steps
+from mocosfl_jax.run.checkpoint import saved_steps
 from tests import tiny
 from tests.test_train import ROOT, lines, without_speed
 
 FIELDS = {"rounds": 4, "knn_every": 2, "checkpoint_every": 1, "probe_epochs": 2}
-CHECKPOINTS, TRAIN = "mocosfl_jax.checkpoint", "mocosfl_jax.train"
+CHECKPOINTS, TRAIN = "mocosfl_jax.run.checkpoint", "mocosfl_jax.train"
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_run_stopped_at_its_end_gives_the_same_numbers(npz, whole, tmp_path):
     saved = "stopped at step 24 of 24, which is saved; the same command resumes"
     for fault, words in (
         ("signal=mocosfl_jax.evaluation.features:_encode_batch:3", "before the first step"),
-        ("signal=mocosfl_jax.recorder:Recorder.push:8", saved),
+        ("signal=mocosfl_jax.run.recorder:Recorder.push:8", saved),
         ("signal=mocosfl_jax.evaluation.linear_probe:_run_epoch:1", saved),
     ):
         result = go(folder, npz, fault)

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from mocosfl_jax.build import data_options, deal
-from mocosfl_jax.commandline import parse
 from mocosfl_jax.config import Config, check_types
+from mocosfl_jax.config.build import data_options, deal
+from mocosfl_jax.config.resolve import check_fields
 from mocosfl_jax.data.sources import Prepared, prepare_dataset
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.main import define_flags, main
-from mocosfl_jax.plan import plan
-from mocosfl_jax.resolve import check_fields
+from mocosfl_jax.run.commandline import parse
+from mocosfl_jax.run.plan import plan
+from mocosfl_jax.run.workdir import WorkDir
 from mocosfl_jax.train import train
-from mocosfl_jax.workdir import WorkDir
 from tests import tiny
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "cifar10.py")

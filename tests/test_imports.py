@@ -59,10 +59,10 @@ def test_the_rule_sees_what_it_forbids():
 
 
 def test_the_core_runs_without_tensorflow_and_the_shell():
-    program = "import sys, mocosfl_jax.core.dispatch as _; print(*sys.modules, sep='\\n')"
+    program = "import sys, mocosfl_jax.federated.dispatch as _; print(*sys.modules, sep='\\n')"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     modules = set(result.stdout.split())
-    assert "mocosfl_jax.core.step" in modules
+    assert "mocosfl_jax.methods.mocosfl.step" in modules
     outside = {"tensorflow", "tensorflow_datasets", "ml_collections", "mocosfl_jax.config"}
     assert modules & outside == set()

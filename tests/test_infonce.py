@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax.core.infonce import infonce, normalize
-from mocosfl_jax.core.server import contrast
+from mocosfl_jax.learning.infonce import infonce, normalize
+from mocosfl_jax.methods.mocosfl.server import contrast
 from mocosfl_jax.models.split import SplitModel, build_model
 
 WIDTH = 6

@@ -9,8 +9,8 @@ from PIL import Image
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.main import main
-from mocosfl_jax.processes import initialize
-from mocosfl_jax.workdir import WorkDir
+from mocosfl_jax.run.processes import initialize
+from mocosfl_jax.run.workdir import WorkDir
 from tests import tiny
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "cifar10.py")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mocosfl_jax import metrics
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.metrics import MetricsFile, missing_steps, read_metrics
-from mocosfl_jax.storage import StorageError
+from mocosfl_jax.run import metrics
+from mocosfl_jax.run.metrics import MetricsFile, missing_steps, read_metrics
+from mocosfl_jax.run.storage import StorageError
 
 
 @pytest.fixture

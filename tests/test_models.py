@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax.core.server import embed_views
+from mocosfl_jax.methods.mocosfl.server import embed_views
 from mocosfl_jax.models.bottleneck import parse_bottleneck
 from mocosfl_jax.models.heads import HEADS, Head
 from mocosfl_jax.models.resnet import ARCHITECTURES, StandardizedConv, standardize

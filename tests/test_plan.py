@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from mocosfl_jax.config import Config, check_types, default_config
+from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.raw_pixels import BLOCK
-from mocosfl_jax.plan import Memory, check_clients_fit, estimate_memory, plan
-from mocosfl_jax.resolve import resolve
+from mocosfl_jax.run.plan import Memory, check_clients_fit, estimate_memory, plan
 
 INFO = DatasetInfo("images", num_train=700, num_test=90, image_size=12, num_classes=3)
 PIXELS = 12 * 12 * 3

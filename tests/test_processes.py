@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from mocosfl_jax import processes
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.processes import JointStartup, Notices, common_fields, shared_refusals
+from mocosfl_jax.run import processes
+from mocosfl_jax.run.processes import JointStartup, Notices, common_fields, shared_refusals
 
 ROOT = Path(__file__).parent.parent
 
 JOIN = """
 import sys, time
-from mocosfl_jax import processes
+from mocosfl_jax.run import processes
 from mocosfl_jax.errors import InputError
 process, number, port = map(int, sys.argv[1:])
 """

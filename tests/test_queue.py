@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax.core.queue import Queue, enqueue, init_private_queues, init_queue
+from mocosfl_jax.learning.queue import Queue, enqueue, init_private_queues, init_queue
 
 LENGTH, WIDTH = 7, 3
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mocosfl_jax import recorder
-from mocosfl_jax.checkpoint import Clock
-from mocosfl_jax.core.dispatch import DispatchOutput
-from mocosfl_jax.progress import Progress
-from mocosfl_jax.recorder import NonFiniteError, Recorder
+from mocosfl_jax.federated.dispatch import DispatchOutput
+from mocosfl_jax.run import recorder
+from mocosfl_jax.run.checkpoint import Clock
+from mocosfl_jax.run.progress import Progress
+from mocosfl_jax.run.recorder import NonFiniteError, Recorder
 
 
 class Notes:
@@ -91,7 +91,7 @@ def test_a_clock_that_counted_padding_starts_its_pace_anew():
 def test_time_left_is_the_pace_since_the_first_dispatch(monkeypatch, capsys):
     """Not since the start, which lies before the compilation."""
     now = [1000.0]
-    monkeypatch.setattr("mocosfl_jax.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("mocosfl_jax.run.progress.time.monotonic", lambda: now[0])
     shown = Progress(SimpleNamespace(total_steps=8, progress=True), speaks=True)
     shown.start(0)
     now[0] += 500  # compiling

@@ -9,11 +9,17 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from mocosfl_jax.core.axes import Axes
-from mocosfl_jax.core.dispatch import Images, Normalisation, Program, rate_schedule, run_dispatch
-from mocosfl_jax.core.state import TrainState, begin_round
-from mocosfl_jax.core.step import Batch, Method, StepOutput, train_step
 from mocosfl_jax.data.augment import AugmentConfig
+from mocosfl_jax.federated.axes import Axes
+from mocosfl_jax.federated.dispatch import (
+    Images,
+    Normalisation,
+    Program,
+    rate_schedule,
+    run_dispatch,
+)
+from mocosfl_jax.federated.state import TrainState, begin_round
+from mocosfl_jax.methods.mocosfl.step import Batch, Method, StepOutput, train_step
 from tests.test_step import (
     BATCH,
     SIZE,

@@ -11,19 +11,25 @@ import optax
 import pytest
 from jax.extend.core import subjaxprs
 
-from mocosfl_jax.core.dispatch import Images, Normalisation, Program, rate_schedule, run_dispatch
-from mocosfl_jax.core.queue import Queue, init_private_queues, init_queue
-from mocosfl_jax.core.sgd import sgd
-from mocosfl_jax.core.state import (
+from mocosfl_jax.data.augment import AugmentConfig, two_views
+from mocosfl_jax.federated.average import sync
+from mocosfl_jax.federated.dispatch import (
+    Images,
+    Normalisation,
+    Program,
+    rate_schedule,
+    run_dispatch,
+)
+from mocosfl_jax.federated.state import (
     TrainState,
     begin_round,
     create_state,
     end_round,
     with_slots,
 )
-from mocosfl_jax.core.step import Batch, Method, Rates, StepOutput, train_step
-from mocosfl_jax.core.sync import sync
-from mocosfl_jax.data.augment import AugmentConfig, two_views
+from mocosfl_jax.learning.queue import Queue, init_private_queues, init_queue
+from mocosfl_jax.learning.sgd import sgd
+from mocosfl_jax.methods.mocosfl.step import Batch, Method, Rates, StepOutput, train_step
 from mocosfl_jax.models.split import SplitModel, Variables, build_model
 
 CLIENTS, BATCH, SIZE = 5, 2, 8

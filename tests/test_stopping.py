@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from mocosfl_jax import processes, stopping
-from mocosfl_jax.stopping import (
+from mocosfl_jax.run import processes, stopping
+from mocosfl_jax.run.stopping import (
     ECHO_SECONDS,
     SIGNALS,
     JointStopRequest,
@@ -76,7 +76,7 @@ def test_outside_the_main_thread_nothing_is_installed():
 COMPILING = """
 import sys
 import jax, jax.numpy as jnp
-from mocosfl_jax.stopping import stop_requests
+from mocosfl_jax.run.stopping import stop_requests
 
 def unrolled(x):
     for i in range(int(sys.argv[1])):
@@ -185,7 +185,7 @@ def test_a_process_that_has_died_is_not_waited_for_forever(monkeypatch):
 LOOPING = f"""{JOINED}
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from mocosfl_jax.stopping import stop_requests
+from mocosfl_jax.run.stopping import stop_requests
 
 with processes.shared_refusals() as startup:
     startup.agree({{"config.seed": 3}})

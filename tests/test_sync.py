@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax.core.queue import Queue
-from mocosfl_jax.core.sgd import sgd
-from mocosfl_jax.core.state import ClientState, begin_round, create_state, end_round
-from mocosfl_jax.core.sync import average, sync
+from mocosfl_jax.federated.average import average, sync
+from mocosfl_jax.federated.state import ClientState, begin_round, create_state, end_round
+from mocosfl_jax.learning.queue import Queue
+from mocosfl_jax.learning.sgd import sgd
 
 SLOTS = 3
 SHAPES = {"conv": {"kernel": (2, 1, 4)}, "norm": {"scale": (4,), "scalar": ()}}

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax import load_encoder, placement
-from mocosfl_jax.build import program_of
-from mocosfl_jax.core.dispatch import run_dispatch
+from mocosfl_jax import load_encoder
+from mocosfl_jax.federated import placement
+from mocosfl_jax.config.build import program_of
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.progress import Progress
+from mocosfl_jax.federated.dispatch import run_dispatch
+from mocosfl_jax.run.progress import Progress
+from mocosfl_jax.run.workdir import WorkDir
 from mocosfl_jax.train import Interrupted, NonFiniteError, train
-from mocosfl_jax.workdir import WorkDir
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent

@@ -15,12 +15,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from mocosfl_jax import load_encoder
-from mocosfl_jax.build import data_options
 from mocosfl_jax.config import check_types, default_config
+from mocosfl_jax.config.build import data_options
+from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.sources import inspect_dataset, load_dataset
-from mocosfl_jax.resolve import resolve
+from mocosfl_jax.run.workdir import WorkDir
 from mocosfl_jax.train import train
-from mocosfl_jax.workdir import WorkDir
 from tests import tiny
 
 FILES = Path(__file__).with_name("version_0_1")

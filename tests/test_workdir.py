@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocosfl_jax.build import data_options, deal
 from mocosfl_jax.config import check_types, default_config
+from mocosfl_jax.config.build import data_options, deal
 from mocosfl_jax.data.sources import prepare_dataset
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.processes import Startup
+from mocosfl_jax.run.processes import Startup
+from mocosfl_jax.run.workdir import WorkDir, read_stored
 from mocosfl_jax.train import finished, train
-from mocosfl_jax.workdir import WorkDir, read_stored
 from tests import tiny
 from tests.test_checkpoint import as_version_0_1, contents
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mocosfl_jax.build import data_options, program_of
-from mocosfl_jax.checkpoint import Identity, data_digest, find_newest
 from mocosfl_jax.config import Config, check_types, default_config
+from mocosfl_jax.config.build import data_options, program_of
+from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.sources import Dataset, inspect_dataset, load_dataset
-from mocosfl_jax.placement import single_device
-from mocosfl_jax.resolve import resolve
-from mocosfl_jax.rounds import Cohort
-from mocosfl_jax.workdir import read_stored
+from mocosfl_jax.federated.placement import single_device
+from mocosfl_jax.run.checkpoint import Identity, data_digest, find_newest
+from mocosfl_jax.run.rounds import Cohort
+from mocosfl_jax.run.workdir import read_stored
 
 FIELDS = {
     "num_clients": 4,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.placement import Placement, single_device
+from mocosfl_jax.federated.placement import Placement, single_device
 
 PyTree = Any
 ApplyFn = Callable[[PyTree, jax.Array], PyTree]

@@ -15,7 +15,7 @@ from jax import lax
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.features import check_labelled
-from mocosfl_jax.placement import Placement, single_device
+from mocosfl_jax.federated.placement import Placement, single_device
 
 CHUNK = 500
 """Queries that meet the bank at once on each device."""

@@ -11,8 +11,8 @@ from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.evaluation.knn import knn_top1
 from mocosfl_jax.evaluation.linear_probe import Labelled, ProbeResult, linear_probe
 from mocosfl_jax.evaluation.raw_pixels import raw_pixel_top1
+from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.models.split import SplitModel, Variables
-from mocosfl_jax.placement import Placement
 
 
 class LabelledImages(NamedTuple):

@@ -16,7 +16,7 @@ from jax import lax
 
 from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.evaluation.knn import check_voting, unit_rows, votes
-from mocosfl_jax.placement import Placement
+from mocosfl_jax.federated.placement import Placement
 
 SIDE = 32
 """Largest side of the images that are compared, pixels."""

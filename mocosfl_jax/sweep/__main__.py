@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mocosfl_jax.commandline import config_file, parse
-from mocosfl_jax.console import unbreakable_output
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.run.commandline import config_file, parse
+from mocosfl_jax.run.console import unbreakable_output
 from mocosfl_jax.sweep.definition import Run, check, expand
 from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
 from mocosfl_jax.sweep.folder import SweepFolder

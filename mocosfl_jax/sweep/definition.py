@@ -14,14 +14,14 @@ from urllib.parse import quote
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mocosfl_jax.build import data_options, deal
-from mocosfl_jax.commandline import parse
 from mocosfl_jax.config import Config, check_types, default_config
+from mocosfl_jax.config.build import data_options, deal
+from mocosfl_jax.config.resolve import check_fields
 from mocosfl_jax.data.dataset import Prepared
 from mocosfl_jax.data.sources import prepare_dataset
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.main import define_flags
-from mocosfl_jax.resolve import check_fields
+from mocosfl_jax.run.commandline import parse
 
 Fields = dict[str, Any]
 """Values of config fields, by name."""

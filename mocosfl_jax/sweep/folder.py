@@ -10,11 +10,11 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
-from mocosfl_jax.config import EXECUTION_FIELDS, Config
+from mocosfl_jax.config.fields import EXECUTION_FIELDS, Config
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.storage import read_json, write_json
+from mocosfl_jax.run.storage import read_json, write_json
+from mocosfl_jax.run.workdir import hold
 from mocosfl_jax.sweep.definition import Run
-from mocosfl_jax.workdir import hold
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.storage import StorageError, write_text
+from mocosfl_jax.run.storage import StorageError, write_text
 from mocosfl_jax.sweep.folder import Record, SweepFolder
 
 LABELS = {

@@ -9,15 +9,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mocosfl_jax.build import initial_state, program_of
 from mocosfl_jax.config import Config
-from mocosfl_jax.core.client import client_forward
-from mocosfl_jax.core.dispatch import Program
-from mocosfl_jax.core.server import contrast
+from mocosfl_jax.config.build import initial_state, program_of
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.knn import CHUNK
 from mocosfl_jax.evaluation.raw_pixels import BLOCK, SIDE
+from mocosfl_jax.federated.dispatch import Program
+from mocosfl_jax.methods.mocosfl.client import client_forward
+from mocosfl_jax.methods.mocosfl.server import contrast
 from mocosfl_jax.models.split import Params, SplitModel, Variables
 
 PROCESS = 270_000_000

@@ -11,12 +11,12 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from mocosfl_jax.checkpoint import has_unfinished, saved_steps
-from mocosfl_jax.config import Config, config_from_json, differences
+from mocosfl_jax.config.fields import Config, config_from_json, differences
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.data.fingerprint import difference
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.storage import (
+from mocosfl_jax.run.checkpoint import has_unfinished, saved_steps
+from mocosfl_jax.run.storage import (
     StorageError,
     out_of_room,
     read_json,

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from mocosfl_jax.checkpoint import Clock
 from mocosfl_jax.config import Config
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.machine import peak_memory_bytes, versions
-from mocosfl_jax.placement import Placement
-from mocosfl_jax.plan import plan
-from mocosfl_jax.storage import read_json
+from mocosfl_jax.run.checkpoint import Clock
+from mocosfl_jax.run.plan import plan
+from mocosfl_jax.run.storage import read_json
 
 Summary = dict[str, Any]
 

@@ -7,21 +7,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocosfl_jax.config import Config
-from mocosfl_jax.core.axes import NO_MESH, Axes
-from mocosfl_jax.core.dispatch import Program, rate_schedule
-from mocosfl_jax.core.queue import init_private_queues, init_queue
-from mocosfl_jax.core.sgd import sgd
-from mocosfl_jax.core.state import TrainState, create_state
-from mocosfl_jax.core.step import Method
+from mocosfl_jax.config.resolve import largest_divisor, resolve
 from mocosfl_jax.data.augment import AugmentConfig
 from mocosfl_jax.data.dataset import Prepared
 from mocosfl_jax.data.partition import ClientImages, SharedImages, by_classes, dirichlet, iid
 from mocosfl_jax.data.sources import Options
+from mocosfl_jax.federated.axes import NO_MESH, Axes
+from mocosfl_jax.federated.dispatch import Program, rate_schedule
+from mocosfl_jax.federated.state import TrainState, create_state
+from mocosfl_jax.learning.queue import init_private_queues, init_queue
+from mocosfl_jax.learning.sgd import sgd
+from mocosfl_jax.methods.mocosfl.step import Method
 from mocosfl_jax.models.heads import HEADS
 from mocosfl_jax.models.resnet import STEMS
 from mocosfl_jax.models.split import SplitModel, build_model
 from mocosfl_jax.randomness import Stream, device_key
-from mocosfl_jax.resolve import largest_divisor, resolve
 
 CPU_PART = 25_000_000
 """Images of a part, times (width x side of the first features)^2, that a CPU runs at full speed:

@@ -21,9 +21,9 @@ import orbax.checkpoint as ocp
 import xxhash
 from jax.experimental import multihost_utils
 
-from mocosfl_jax.config import EXECUTION_FIELDS, Config, config_from_json, differences
+from mocosfl_jax.config.fields import EXECUTION_FIELDS, Config, config_from_json, differences
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.storage import StorageError, reason
+from mocosfl_jax.run.storage import StorageError, reason
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from mocosfl_jax.processes import (
+from mocosfl_jax.run.processes import (
     FAREWELL_SECONDS,
     POLL_SECONDS,
     Notices,

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mocosfl_jax.core.state import TrainState
-from mocosfl_jax.core.step import Batch, Method, Rates, train_step
 from mocosfl_jax.data.augment import AugmentConfig, two_views
+from mocosfl_jax.federated.state import TrainState
+from mocosfl_jax.methods.mocosfl.step import Batch, Method, Rates, train_step
 
 
 class Images(NamedTuple):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mocosfl_jax.core.queue import Queue
+from mocosfl_jax.learning.queue import Queue
 from mocosfl_jax.models.split import Params
 
 

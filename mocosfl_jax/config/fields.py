@@ -1,7 +1,7 @@
 """Every field of a run: what it means, its default, the rule that fills it when unset.
 
 A config file (`configs/*.py`) starts from `default_config()` and changes fields. `check_types`
-turns it into a frozen `Config`, and `mocosfl_jax.resolve` fills the unset fields and checks all.
+turns it into a frozen `Config`, and `resolve` fills the unset fields and checks all.
 """
 
 import dataclasses

@@ -23,7 +23,7 @@ import jax
 from jax._src import distributed  # for `Notices`: JAX has no public access to its key-value store
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.storage import StorageError
+from mocosfl_jax.run.storage import StorageError
 
 JOIN_SECONDS = 300
 """How long a process waits for the others to start."""

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from mocosfl_jax.config import Config
-from mocosfl_jax.core.step import LOSSES
 from mocosfl_jax.data.dataset import HOLDOUT_FRACTION, DatasetInfo
 from mocosfl_jax.data.partition import ClientImages, check_clients, check_shards
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.methods.mocosfl.step import LOSSES
 from mocosfl_jax.models.bottleneck import parse_bottleneck
 from mocosfl_jax.models.heads import HEADS
 from mocosfl_jax.models.resnet import ARCHITECTURES, CHANNELS_PER_GROUP, STEMS

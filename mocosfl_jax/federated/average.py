@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mocosfl_jax.core.axes import NO_MESH, Axes
-from mocosfl_jax.core.state import ClientState
+from mocosfl_jax.federated.axes import NO_MESH, Axes
+from mocosfl_jax.federated.state import ClientState
 
 
 def average(tree_C: Any, weight_C: jax.Array, axes: Axes = NO_MESH) -> Any:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mocosfl_jax.core.infonce import infonce, normalize
+from mocosfl_jax.learning.infonce import infonce, normalize
 from mocosfl_jax.models.split import Params, SplitModel
 
 

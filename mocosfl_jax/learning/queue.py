@@ -4,7 +4,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mocosfl_jax.core.infonce import normalize
+from mocosfl_jax.learning.infonce import normalize
 
 
 class Queue(flax.struct.PyTreeNode):

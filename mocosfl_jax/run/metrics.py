@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.storage import write_text, writing
+from mocosfl_jax.run.storage import write_text, writing
 
 Line = dict[str, Any]
 """The numbers of one step, `step` among them."""

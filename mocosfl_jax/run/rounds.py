@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mocosfl_jax.build import initial_state
 from mocosfl_jax.config import Config
-from mocosfl_jax.core.dispatch import Images, Normalisation, Program
-from mocosfl_jax.core.state import TrainState, begin_round, end_round, with_slots
-from mocosfl_jax.data.feed import Dispatch
+from mocosfl_jax.config.build import initial_state
+from mocosfl_jax.federated.dispatch import Images, Normalisation, Program
+from mocosfl_jax.federated.placement import Placement
+from mocosfl_jax.federated.state import TrainState, begin_round, end_round, with_slots
 from mocosfl_jax.models.split import Variables
-from mocosfl_jax.placement import Placement
 from mocosfl_jax.randomness import Stream, device_key
+from mocosfl_jax.run.feed import Dispatch
 
 
 def run_constants(config: Config, placement: Placement) -> tuple[Normalisation, jax.Array]:

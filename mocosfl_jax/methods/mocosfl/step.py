@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mocosfl_jax.core.axes import NO_MESH, Axes
-from mocosfl_jax.core.client import client_forward
-from mocosfl_jax.core.ema import ema_update
-from mocosfl_jax.core.queue import enqueue
-from mocosfl_jax.core.server import ServerLoss, contrast, embed_views, split_groups
-from mocosfl_jax.core.sgd import sgd_update
-from mocosfl_jax.core.state import ClientState, ServerState, TrainState
-from mocosfl_jax.core.sync import sync
+from mocosfl_jax.federated.average import sync
+from mocosfl_jax.federated.axes import NO_MESH, Axes
+from mocosfl_jax.federated.state import ClientState, ServerState, TrainState
+from mocosfl_jax.learning.ema import ema_update
+from mocosfl_jax.learning.queue import enqueue
+from mocosfl_jax.learning.sgd import sgd_update
+from mocosfl_jax.methods.mocosfl.client import client_forward
+from mocosfl_jax.methods.mocosfl.server import ServerLoss, contrast, embed_views, split_groups
 from mocosfl_jax.models.split import Params, SplitModel
 
 LOSSES = ("one_way", "server", "client")

@@ -13,10 +13,10 @@ from mocosfl_jax.evaluation.protocols import (
     probe,
     raw_pixel_knn,
 )
-from mocosfl_jax.metrics import Metrics
+from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.models.split import SplitModel, Variables
-from mocosfl_jax.placement import Placement
-from mocosfl_jax.progress import Progress
+from mocosfl_jax.run.metrics import Metrics
+from mocosfl_jax.run.progress import Progress
 
 Results = dict[str, float | None]
 """Accuracies in percent by their name in summary.json; None where a protocol was skipped."""

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mocosfl_jax.checkpoint import Clock
-from mocosfl_jax.core.dispatch import DispatchOutput
-from mocosfl_jax.data.feed import Dispatch
-from mocosfl_jax.metrics import Metrics
-from mocosfl_jax.progress import Progress
+from mocosfl_jax.federated.dispatch import DispatchOutput
+from mocosfl_jax.run.checkpoint import Clock
+from mocosfl_jax.run.feed import Dispatch
+from mocosfl_jax.run.metrics import Metrics
+from mocosfl_jax.run.progress import Progress
 
 
 class NonFiniteError(ArithmeticError):

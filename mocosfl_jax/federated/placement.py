@@ -15,10 +15,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mocosfl_jax.core.axes import Axes
-from mocosfl_jax.core.dispatch import DispatchOutput, Images, Normalisation, Program, run_dispatch
-from mocosfl_jax.core.state import ServerState, TrainState
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.federated.axes import Axes
+from mocosfl_jax.federated.dispatch import (
+    DispatchOutput,
+    Images,
+    Normalisation,
+    Program,
+    run_dispatch,
+)
+from mocosfl_jax.federated.state import ServerState, TrainState
 
 ROWS = ("clients", "server")
 """Names of the mesh axes; `server` is the one over which server parameters may be split."""

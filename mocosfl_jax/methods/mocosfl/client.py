@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mocosfl_jax.core.ema import ema_update
+from mocosfl_jax.learning.ema import ema_update
 from mocosfl_jax.models.split import Params, SplitModel
 
 

@@ -1,1 +1,0 @@
-"""The method as pure functions: arrays and keys in, arrays out."""

@@ -1,0 +1,1 @@
+"""Pure functions and types of self-supervised learning: no client axis, no mesh."""

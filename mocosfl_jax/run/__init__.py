@@ -1,0 +1,1 @@
+"""One run: its folder, clocks, signals, processes, checkpoints and numbers."""
