@@ -18,13 +18,16 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from mocosfl_jax import __version__
-from mocosfl_jax.config.build import model_of
-from mocosfl_jax.config.fields import Config, config_from_json
-from mocosfl_jax.config.resolve import check_fields
+from mocosfl_jax.config import Config
+from mocosfl_jax.config.checks import check_fields
+from mocosfl_jax.config.network import model_of
+from mocosfl_jax.config.stored import config_from_json
 from mocosfl_jax.data.pixels import square_rgb
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.machine import machine_memory_bytes
+from mocosfl_jax.models.backbones import default_fields
+from mocosfl_jax.models.contract import OPTIONAL_FIELDS
 from mocosfl_jax.models.split import Encoded, SplitModel, Variables
 from mocosfl_jax.run.storage import write_bytes
 
@@ -257,8 +260,9 @@ def _config_of(description: _Description) -> Config:
             versions = f"{version}, this is {__version__}"
             raise ValueError(f"a newer version wrote the field {name!r} ({versions})")
     config = config_from_json(fields, "metadata")
+    may_be_unset = set(OPTIONAL_FIELDS) - default_fields(config.backbone, config.image_size).keys()
     for name in _FIELDS:
-        if getattr(config, name) is None:
+        if getattr(config, name) is None and name not in may_be_unset:
             raise ValueError(f"field {name!r} is missing")
     check_fields(config)
     if 12 * config.image_size**2 > machine_memory_bytes():

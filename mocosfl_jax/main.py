@@ -17,40 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.run.commandline import parse
+from mocosfl_jax.run.commandline import define_common_flags, define_flags, parse
 from mocosfl_jax.run.console import quiet_libraries, unbreakable_output
 
 if TYPE_CHECKING:
-    from mocosfl_jax.config import Config
+    from mocosfl_jax.config import Resolved
     from mocosfl_jax.data.dataset import Prepared
     from mocosfl_jax.run.processes import Startup
     from mocosfl_jax.run.workdir import Stored
 
 FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 1, 2, 130, 143
-
-
-def define_flags(argv: list[str]) -> flags.FlagValues:
-    """The flags; a field of the config file becomes one where the command line overrides it."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file.", flag_values=values, sys_argv=argv
-    )
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    _define_common_flags(values)
-    return values
-
-
-def _define_common_flags(values: flags.FlagValues) -> None:
-    """Those that are read before the config file is loaded."""
-    flags.DEFINE_bool("multihost", False, "Join the processes of the cluster.", flag_values=values)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "Processes of the run.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Of this process, from 0.", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "Print what would run, and stop.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
 
 
 def main(argv: list[str]) -> int:
@@ -77,7 +56,7 @@ def _join_processes(argv: list[str]) -> bool:
     Raises: InputError: as `initialize`, or a flag of another type.
     """
     values = flags.FlagValues()
-    _define_common_flags(values)
+    define_common_flags(values)
     try:
         values(argv, known_only=True)
     except (flags.Error, UnicodeDecodeError) as error:  # the latter of a --flagfile
@@ -118,7 +97,7 @@ def _folder(path: str) -> Path:
     return Path(expanded).absolute()
 
 
-def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Config, Prepared]":
+def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Resolved, Prepared]":
     """The resolved config and its data set, no image of which has been decoded.
 
     Args: stored: the run that goes on, or None.
@@ -126,8 +105,8 @@ def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Config, Prepared
     """
     # Imported here so that a typing mistake on the command line is answered at once.
     from mocosfl_jax.config import check_types
-    from mocosfl_jax.config.build import data_options, deal
-    from mocosfl_jax.config.resolve import check_fields
+    from mocosfl_jax.config.checks import check_fields
+    from mocosfl_jax.config.data import data_options, deal
     from mocosfl_jax.data.sources import prepare_dataset
 
     config = check_types(raw)
@@ -195,7 +174,7 @@ def _dry_run(raw: ConfigDict, path: str | None) -> int:
     return 0
 
 
-def _check_folder(folder: Path, config: "Config", prepared: "Prepared") -> None:
+def _check_folder(folder: Path, config: "Resolved", prepared: "Prepared") -> None:
     """Raises: InputError: a run there would be refused."""
     from mocosfl_jax.run.metrics import read_metrics
     from mocosfl_jax.run.workdir import WorkDir, check_free, check_resumable
@@ -206,13 +185,13 @@ def _check_folder(folder: Path, config: "Config", prepared: "Prepared") -> None:
     check_resumable(workdir, config, read_metrics(workdir.metrics_path))
 
 
-def _machine_checks(config: "Config", prepared: "Prepared") -> Iterator[Callable[[], None]]:
-    from mocosfl_jax.config.build import program_of
+def _machine_checks(config: "Resolved", prepared: "Prepared") -> Iterator[Callable[[], None]]:
     from mocosfl_jax.data.sources import check_memory
     from mocosfl_jax.federated.placement import axes_of, make_placement, single_device
     from mocosfl_jax.machine import device_memory_bytes, machine_memory_bytes
     from mocosfl_jax.run.plan import check_clients_fit, check_fits
-    from mocosfl_jax.run.rounds import Cohort
+    from mocosfl_jax.run.program import program_of
+    from mocosfl_jax.run.rounds import Rounds
 
     def devices() -> None:
         make_placement(config.devices, config.server_shards)
@@ -220,8 +199,8 @@ def _machine_checks(config: "Config", prepared: "Prepared") -> Iterator[Callable
     def state() -> None:
         placement = single_device()
         program = program_of(config, axes_of(1), placement.devices)
-        cohort = Cohort(config, placement, program)
-        check_fits(config, cohort.bytes_a_device(), device_memory_bytes())
+        rounds = Rounds(config, placement, program)
+        check_fits(config, rounds.bytes_a_device(), device_memory_bytes())
 
     yield devices
     yield lambda: check_memory(prepared.info)
@@ -229,12 +208,13 @@ def _machine_checks(config: "Config", prepared: "Prepared") -> Iterator[Callable
     yield state
 
 
-def _print_plan(config: "Config", prepared: "Prepared") -> None:
+def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
     import jax
 
+    from mocosfl_jax.config.stored import flat_fields, to_json
     from mocosfl_jax.run.plan import estimate_memory, plan
 
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in flat_fields(to_json(config)).items():
         print(f"{name}: {value}")
     sizes = plan(config)
     memory = estimate_memory(config, prepared.info, sizes)
@@ -242,12 +222,12 @@ def _print_plan(config: "Config", prepared: "Prepared") -> None:
         f"{memory.device / 1e9:.2f} GB on the device, {memory.host / 1e9:.2f} GB on the host"
     )
     one_memory = f"{memory.total / 1e9:.2f} GB"
-    sync_every = config.steps_per_round / config.syncs_per_round
+    syncs = sum(config.sync_steps)
     print(
         f"""
 cohort C = {config.cohort_size}, images a client a step B = {config.batch_size}
-{config.rounds} rounds of {config.steps_per_round} steps = {config.total_steps} steps
-{config.syncs_per_round} syncs a round, one every {sync_every:g} steps
+rounds: {config.rounds}, steps a round: {config.steps_per_round}, steps: {config.total_steps}
+syncs a round: {syncs}, one every {config.steps_per_round / syncs:g} steps
 client parameters: {sizes.client_params:,}
 server parameters: {sizes.server_params:,}
 sent by a client in a round: {sizes.bytes_up_per_client_round / 1e6:.2f} MB

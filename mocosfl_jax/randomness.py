@@ -22,10 +22,11 @@ class Stream(enum.IntEnum):
     ORDER = 2  # a client's images in a round
     AUGMENT = 3  # the two views
     INIT = 4  # parameters
-    QUEUE = 5  # rows of the queue at the start
+    STATE = 5  # what is random at the start but no parameter, such as rows of a queue
     SPLIT = 6  # hold-out of a data set without a test split
     PROBE = 7  # heads and batches of the probes
     DATASET = 8  # pixels of the synthetic data set
+    METHOD = 9  # what a method draws in a step
 
 
 def host_rng(seed: int, stream: Stream, *ids: int) -> np.random.Generator:

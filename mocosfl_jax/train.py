@@ -7,8 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from mocosfl_jax.config import Config
-from mocosfl_jax.config.build import partition_of, program_of
+from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.data import partition_of
+from mocosfl_jax.config.stored import flat_fields, to_json
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo, channel_stats
 from mocosfl_jax.data.partition import ClientImages, describe
@@ -39,9 +40,10 @@ from mocosfl_jax.run.metrics import (
 )
 from mocosfl_jax.run.plan import check_clients_fit, check_fits
 from mocosfl_jax.run.processes import Startup, common_fields, is_primary, several
+from mocosfl_jax.run.program import program_of
 from mocosfl_jax.run.progress import Progress
 from mocosfl_jax.run.recorder import NonFiniteError, Recorder
-from mocosfl_jax.run.rounds import Cohort, place_inputs, run_constants
+from mocosfl_jax.run.rounds import Rounds, place_inputs, run_constants
 from mocosfl_jax.run.stopping import StopRequested, stop_requests
 from mocosfl_jax.run.storage import StorageError, write_json
 from mocosfl_jax.run.summary import Summary, read_summary, summarize
@@ -55,7 +57,7 @@ class Interrupted(Exception):  # noqa: N818  # a request, no error
 
 
 def train(
-    config: Config, dataset: Dataset, workdir: WorkDir, startup: Startup | None = None
+    config: Resolved, dataset: Dataset, workdir: WorkDir, startup: Startup | None = None
 ) -> Summary:
     """Carries a resolved config to its end, from where the work directory left off.
 
@@ -86,8 +88,8 @@ def train(
     workdir.check_same(config)
     placement = make_placement(config.devices, config.server_shards)
     program = program_of(config, axes_of(config.server_shards), placement.devices)
-    cohort = Cohort(config, placement, program)
-    check_fits(config, cohort.bytes_a_device(), device_memory_bytes())
+    rounds = Rounds(config, placement, program)
+    check_fits(config, rounds.bytes_a_device(), device_memory_bytes())
     check_clients_fit(config, machine_memory_bytes())
     partition = partition_of(config, len(dataset.train.images), dataset.train.labels)
     sampler = CohortSampler(partition, config.cohort_size, config.seed)
@@ -97,13 +99,13 @@ def train(
     if several():
         workdir.mark()
     startup.agree({"fingerprint of config.dataset": identity.data})
-    startup.agree(common_fields(dataclasses.asdict(config)))
+    startup.agree(common_fields(flat_fields(to_json(config))))
     startup.agree({"folder of --workdir": workdir.read_mark()})
 
     with contextlib.ExitStack() as cleanup:
         # --------------------------------------------------------------------- start or resume
         stop = cleanup.enter_context(stop_requests())  # left last: a save may still be under way
-        begun = begin_or_resume(workdir, cohort, identity, lines, progress, startup)
+        begun = begin_or_resume(workdir, rounds, identity, lines, progress, startup)
         state, clock, step = begun.state, begun.clock, begun.step
         wall_before = clock.wall_seconds
         workdir.record(config, dataset.info)
@@ -124,7 +126,7 @@ def train(
         )
 
         def network() -> Variables:
-            return cohort.network(state, step)
+            return rounds.network(state, step)
 
         def write_encoder(variables: Variables, step: int) -> None:
             if is_primary() and encoder_step(workdir.encoder_path) != step:
@@ -134,7 +136,7 @@ def train(
             metrics.flush()  # first: what a resume keeps must be on disk
             clock.wall_seconds = wall_before + time.monotonic() - started
             write = partial(write_encoder, placement.fetch(network()), step)
-            checkpoints.save(step, cohort.unpadded(state), clock, write)
+            checkpoints.save(step, rounds.unpadded(state), clock, write)
 
         try:
             if step:
@@ -150,26 +152,26 @@ def train(
             constants = run_constants(config, placement)
             advance: dict[int, Callable] = {}  # compiled dispatches by number of steps
             progress.start(step)
-            feed = dispatches(config, partition, sampler, cohort.slots, step)
-            to_device = partial(place_inputs, placement, dataset.train.images)
+            feed = dispatches(config, partition, sampler, rounds.slots, step)
+            to_device = partial(place_inputs, placement, dataset.train, program.method.labels)
             for dispatch, cohort_ids, inputs in prefetch(feed, to_device):
                 if dispatch.begins_round:
-                    state = cohort.begin(state, cohort_ids)
-                steps = len(dispatch.sync_now)
+                    state = rounds.begin(state, cohort_ids)
+                steps = len(dispatch.sync)
                 if steps not in advance:
                     recorder.drain()
                     stop.check()
                     advance[steps], seconds = compile_dispatch(
-                        placement.dispatch(program, state), state, inputs, *constants
+                        placement.dispatch(program, state), state, inputs, constants
                     )
                     clock.compile_seconds += seconds
                     progress.say(f"compiled in {seconds:.1f} s")
                     stop.check()
                     recorder.start_lap()
-                state, output = advance[steps](state, inputs, *constants)
+                state, output = advance[steps](state, inputs, constants)
                 step = dispatch.step + steps
                 if dispatch.ends_round:
-                    state = cohort.end(state)
+                    state = rounds.end(state)
                 recorder.push(dispatch, output)  # waits for the one before, while this one runs
                 stop.check()
                 if not dispatch.ends_round:
@@ -225,7 +227,7 @@ class Begun(NamedTuple):
 
 def begin_or_resume(
     workdir: WorkDir,
-    cohort: Cohort,
+    rounds: Rounds,
     identity: Identity,
     lines: dict[int, Line],
     progress: Progress,
@@ -238,7 +240,7 @@ def begin_or_resume(
     StorageError.
     """
     folder = workdir.checkpoints_path
-    found = find_newest(folder, cohort.abstract_unpadded(), identity, startup.agree)
+    found = find_newest(folder, rounds.abstract_unpadded(), identity, startup.agree)
     reasons = "; ".join(f"{step}: {why}" for step, why in found.bad.items())
     if found.bad and found.restored is None:
         raise InputError(str(folder), sorted(found.bad), f"none can be used ({reasons})")
@@ -254,16 +256,16 @@ def begin_or_resume(
         workdir.set_aside(path for path in unusable if path.exists())
     startup.agree({"step to go on from": step})  # all see the folder as it is now
     if found.restored is None:
-        return Begun(cohort.initial_state(), Clock(), 0, {}, [])
+        return Begun(rounds.initial_state(), Clock(), 0, {}, [])
     if workdir.stored is not None and workdir.stored.data is None:
         progress.say("this run has no record of its data set: the one found is taken for it")
     kept = {at: line for at, line in lines.items() if at <= step}
-    state = cohort.padded(found.restored.state)
+    state = rounds.padded(found.restored.state)
     return Begun(state, found.restored.clock, step, kept, missing_steps(lines, step))
 
 
 def finished(
-    config: Config, info: DatasetInfo, workdir: WorkDir, startup: Startup
+    config: Resolved, info: DatasetInfo, workdir: WorkDir, startup: Startup
 ) -> Summary | None:
     """The summary of a run that is complete, with the encoder that belongs to it.
 
@@ -292,19 +294,19 @@ def finished(
         return summary
     placement = make_placement(config.devices, config.server_shards)
     program = program_of(config, axes_of(config.server_shards), placement.devices)
-    cohort = Cohort(config, placement, program)
-    shapes, folder = cohort.abstract_unpadded(), workdir.checkpoints_path
+    rounds = Rounds(config, placement, program)
+    shapes, folder = rounds.abstract_unpadded(), workdir.checkpoints_path
     newest = find_newest(folder, shapes, identity, startup.agree).restored
     if newest is None or newest.step != total:
         return None
-    variables = placement.fetch(cohort.network(cohort.padded(newest.state), total))
+    variables = placement.fetch(rounds.network(rounds.padded(newest.state), total))
     if is_primary():
         save_encoder(workdir.encoder_path, config, variables, total)
     return summary
 
 
 def open_metrics(
-    workdir: WorkDir, config: Config, lines: dict[int, dict[str, Any]], step: int
+    workdir: WorkDir, config: Resolved, lines: dict[int, dict[str, Any]], step: int
 ) -> Metrics:
     """A file of the primary process that goes on after `lines`; the others take no notes.
 
@@ -316,7 +318,7 @@ def open_metrics(
     return MetricsFile(workdir.metrics_path, lines, board)
 
 
-def with_channel_stats(config: Config, dataset: Dataset) -> Config:
+def with_channel_stats(config: Resolved, dataset: Dataset) -> Resolved:
     """Fills mean and std from the train split where they are unset."""
     if config.mean is not None and config.std is not None:
         return config
@@ -341,7 +343,7 @@ def describe_data(progress: Progress, partition: ClientImages, dataset: Dataset)
 # --------------------------------------------------------------------------------------- pieces
 
 
-def monitor_due(config: Config, step: int) -> bool:
+def monitor_due(config: Resolved, step: int) -> bool:
     """Whether the kNN monitor runs after this step; the last model has its own evaluation."""
     rounds, rest = divmod(step, config.steps_per_round)
     if rest or not config.knn_every or step == config.total_steps:
@@ -349,7 +351,7 @@ def monitor_due(config: Config, step: int) -> bool:
     return rounds % config.knn_every == 0
 
 
-def checkpoint_due(config: Config, step: int) -> bool:
+def checkpoint_due(config: Resolved, step: int) -> bool:
     """Whether the state is saved after this step, the last of a round."""
     rounds = step // config.steps_per_round
     return rounds % config.checkpoint_every == 0 or step == config.total_steps

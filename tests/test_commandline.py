@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 
 from mocosfl_jax.config import Config, check_types
-from mocosfl_jax.main import define_flags, main
-from mocosfl_jax.run.commandline import parse
+from mocosfl_jax.main import main
+from mocosfl_jax.run.commandline import define_flags, parse
+from tests.test_recipe import Toy
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.py")
 
 
-def parsed(*overrides: str) -> Config:
-    argv = ["main", "--config", QUICKSTART, *overrides]
+def parsed(*overrides: str, file: str = QUICKSTART) -> Config:
+    argv = ["main", "--config", file, *overrides]
     values = define_flags(argv)
     parse(values, argv)
     return check_types(values.config)
@@ -116,3 +117,60 @@ def test_an_interrupt_while_a_config_file_is_read_is_no_bad_input(capsys, tmp_pa
     (tmp_path / "slow.py").write_text("raise KeyboardInterrupt")
     assert main(["main", "--config", str(tmp_path / "slow.py"), "--dry_run"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------- methods and sections
+
+
+@pytest.fixture
+def toy_file(tmp_path) -> str:
+    """A config file with the sections of the toy method of `test_recipe`."""
+    path = tmp_path / "toy.py"
+    path.write_text(
+        "from mocosfl_jax.config import default_config\n"
+        "def get_config():\n"
+        "    return default_config('tests.test_recipe:TOY')\n"
+    )
+    return str(path)
+
+
+def section(file: str, *overrides: str) -> Toy:
+    return parsed(*overrides, file=file).section(Toy)
+
+
+def test_fields_of_a_section_are_flags(toy_file):
+    assert section(toy_file) == Toy()
+    assert section(toy_file, "--config.toy.rate=0.25").rate == 0.25
+    overrides = ("--config.toy.sizes=(1,2)", "--config.toy.steps", "3")
+    assert section(toy_file, *overrides) == Toy(sizes=(1, 2), steps=3)
+    assert section(toy_file, *overrides, "--config.toy.sizes=None") == Toy(steps=3)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.toy.rate=None", "config.toy.rate = None: a number is needed"),
+        ("--config.toy.rate=1.5", "config.toy.rate = 1.5: a number in [0, 1) is needed"),
+        ("--config.toy.rate=fast", "could not convert string to float: 'fast'"),
+        ("--config.toy.rates=1", "no such field"),
+        ("--config.toy=1", "'1' as a ConfigDict"),
+        ("--config.method=mocosfl", "method 'mocosfl' has no such section"),
+        ("--config.cut=2", "config.cut = 2: method 'tests.test_recipe:TOY' does not read it"),
+    ],
+)
+def test_a_section_that_cannot_hold_is_one_line(capsys, toy_file, override, words):
+    assert words in refused(capsys, "--config", toy_file, override)
+
+
+def test_a_method_of_ones_own_is_chosen_on_the_command_line(capsys):
+    own = "--config.method=tests.test_recipe:TOY"
+    assert parsed(own).section(Toy) == Toy()  # the file has no sections
+    assert "no such field" in refused(capsys, "--config", QUICKSTART, "--config.toy.rate=0.25")
+
+
+def test_fields_that_a_rule_fills_know_their_type(capsys):
+    overrides = ("--noconfig.feature_sharing", "--config.align_momentum", "--config.cut=2")
+    config = parsed(*overrides, "--config.temperature=1")
+    assert (config.feature_sharing, config.align_momentum, config.cut) == (False, True, 2)
+    assert config.temperature == 1.0
+    assert "config.cut" in refused(capsys, "--config", QUICKSTART, "--config.cut=1.5")

@@ -4,28 +4,27 @@ import ast
 import dataclasses
 import json
 import runpy
+import typing
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from mocosfl_jax.run.program import program_of
 
 import mocosfl_jax
-from mocosfl_jax.config.build import deal, program_of
-from mocosfl_jax.config.fields import (
-    EXECUTION_FIELDS,
-    Config,
-    check_types,
-    config_from_json,
-    default_config,
-    differences,
-)
-from mocosfl_jax.config.resolve import check_fields, resolve
+from mocosfl_jax.config import Config, Resolved, check_types, default_config, resolve
+from mocosfl_jax.config.checks import check_fields
+from mocosfl_jax.config.data import deal
+from mocosfl_jax.config.fields import EXECUTION_FIELDS
+from mocosfl_jax.config.stored import config_from_json, differences, to_json
 from mocosfl_jax.data.dataset import DatasetInfo, Prepared
 from mocosfl_jax.data.partition import dirichlet, iid
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.federated.axes import NO_MESH
 from mocosfl_jax.federated.placement import single_device
+from mocosfl_jax.methods.mocosfl.build import build
 from mocosfl_jax.run.plan import check_fits
 from mocosfl_jax.run.rounds import Cohort
 
@@ -34,7 +33,7 @@ CIFAR10 = DatasetInfo(
 )
 
 
-def resolved(info: DatasetInfo = CIFAR10, **fields) -> Config:
+def resolved(info: DatasetInfo = CIFAR10, **fields) -> Resolved:
     config = default_config()
     config.update(fields)
     return resolve(check_types(config), info)
@@ -127,7 +126,9 @@ def test_every_field_is_resolved():
         "devices",
         "cohort_chunks",
     }
-    unset = {name for name, value in vars(resolved()).items() if value is None}
+    config = resolved()
+    assert type(config) is Resolved
+    unset = {name for name, value in vars(config).items() if value is None}
     assert unset == optional
 
 
@@ -155,12 +156,16 @@ def test_every_field_is_resolved():
         ("width", {"width": 30}),
         ("ema", {"ema": 1.0}),
         ("temperature", {"temperature": 0.0}),
+        ("temperature", {"temperature": 1e-37}),
         ("learning_rate", {"learning_rate": -1.0}),
         ("learning_rate", {"learning_rate": float("nan")}),
         ("blocks_per_stage", {"blocks_per_stage": (1, 0)}),
         ("crop_min_scale", {"crop_min_scale": 1.5}),
         ("blur_kernel_size", {"blur_kernel_size": 8}),
         ("mean", {"mean": (0.5, 0.5)}),
+        ("mean", {"mean": (0.5, 0.5, 1.01)}),
+        ("mean", {"mean": (-0.01, 0.5, 0.5)}),
+        ("std", {"std": (0.5, 1e-37, 0.5)}),
         ("std", {"std": (0.5, 0.0, 0.5)}),
         ("std", {"std": (True, 0.5, 0.5)}),
         ("mean", {"mean": (0.5, 0.5, float("inf"))}),
@@ -230,7 +235,7 @@ def test_a_cpu_runs_parts_that_stay_in_its_cache(
         sizes = {"num_clients": clients, "cohort_size": clients, "batch_size": batch}
         narrow = {"width": width, "blocks_per_stage": (1, 1), "queue_length": 2000}
         config = resolved(**sizes, **narrow, **fields)
-        return program_of(config, devices=devices).method.cohort_chunks
+        return build(config, NO_MESH, devices).chunks
 
     assert chunks_of() == chunks
     assert chunks_of(cohort_chunks=3) == 3
@@ -241,15 +246,15 @@ def test_a_cpu_runs_parts_that_stay_in_its_cache(
 
 def test_parts_follow_the_size_of_the_first_features():
     config = resolved(num_clients=100, batch_size=1, width=32, stem="3x3s2", image_size=32)
-    assert program_of(config).method.cohort_chunks == 1
+    assert build(config, NO_MESH, 1).chunks == 1
     config = resolved(num_clients=100, batch_size=1, width=32, stem="3x3s2", image_size=63)
-    assert program_of(config).method.cohort_chunks == 4
+    assert build(config, NO_MESH, 1).chunks == 4
 
 
 def test_parts_of_the_cohort_are_equal():
     """7 clients of 64 images would be 4.7 parts, but 7 has no divisor up to 4."""
     config = resolved(num_clients=7, batch_size=64, width=16)
-    assert program_of(config).method.cohort_chunks == 1
+    assert build(config, NO_MESH, 1).chunks == 1
 
 
 def test_unlabelled_images_can_only_be_iid():
@@ -290,11 +295,11 @@ def test_a_number_that_cannot_be_held_is_named(field, value):
 
 def test_every_number_is_checked():
     """One that neither int64 nor float32 can hold, and that Python refuses to print."""
-    for field in dataclasses.fields(Config):
-        if "int" in str(field.type) or "float" in str(field.type):
-            number = (10**5000,) * 3 if "tuple" in str(field.type) else 10**5000
-            with pytest.raises(InputError, match=rf"config\.{field.name} = "):
-                check_types({**default_config().to_dict(), field.name: number})
+    for name, hint in typing.get_type_hints(Config).items():
+        if "int" in str(hint) or "float" in str(hint):
+            number = (10**5000,) * 3 if "tuple" in str(hint) else 10**5000
+            with pytest.raises(InputError, match=rf"config\.{name} = "):
+                check_types({**default_config().to_dict(), name: number})
 
 
 @pytest.mark.parametrize(
@@ -306,6 +311,7 @@ def test_every_number_is_checked():
         ("epochs", {"epochs": 10**15}),
         ("epochs", {"epochs": 2**31 - 1}),
         ("epochs", {"num_clients": 10**9, "images_per_client": 5}),
+        ("epochs", {"epochs": 2**31 - 1, "steps_per_round": 1}),
         ("batch_size", {"batch_size": 10**15}),
         ("batch_size", {"batch_size": 10**9}),
         (
@@ -326,7 +332,14 @@ def test_the_field_that_is_too_large_is_named(field, fields):
         resolved(**fields)
 
 
-def dealt(labels: np.ndarray, **fields) -> Config:
+def test_one_thing_is_not_several():
+    with pytest.raises(InputError, match="rounds of 1 step follow"):
+        resolved(epochs=2**31 - 1, steps_per_round=1)
+    with pytest.raises(InputError, match=r"one step and client brings 1 key$"):
+        resolved(queue_length=1, feature_sharing=False, loss="one_way")
+
+
+def dealt(labels: np.ndarray, **fields) -> Resolved:
     """The resolved config of images with these labels, by the checks in their order."""
     info = DatasetInfo("npz:x", len(labels), 0, 32, int(labels.max()) + 1)
     config = check_types({**default_config().to_dict(), **fields})
@@ -365,17 +378,29 @@ def test_what_only_labels_tell_is_refused_without_pixels(field, fields):
         dealt(np.arange(3000) % 10, **fields)
 
 
+def as_json(config: Config) -> dict:
+    return json.loads(json.dumps(to_json(config)))
+
+
 def test_a_stored_config_comes_back():
     config = resolved(blocks_per_stage=(1, 2), mean=(0.5, 0.25, 0.125), data_dir="here")
-    stored = json.loads(json.dumps(dataclasses.asdict(config)))
-    assert config_from_json(stored, "config.json") == config
+    assert config_from_json(as_json(config), "config.json") == config
 
 
 def test_what_a_stored_config_lacks_means_what_its_version_did():
-    stored = json.loads(json.dumps(dataclasses.asdict(resolved(holdout_fraction=0.25))))
-    del stored["holdout_fraction"], stored["client_state"]
+    stored = as_json(resolved(holdout_fraction=0.25))
+    del stored["holdout_fraction"], stored["client_state"], stored["method"]
     config = config_from_json(stored, "config.json")
     assert (config.holdout_fraction, config.client_state) == (0.1, "persistent")
+    assert config.method == "mocosfl"
+
+
+@pytest.mark.parametrize("missing", [None, "rounds", "temperature", "mean", "devices", "stem"])
+def test_a_stored_config_is_resolved_if_it_is_complete(missing):
+    stored = as_json(resolved(mean=(0.5, 0.25, 0.125)))
+    stored.pop(missing, None)
+    config = config_from_json(stored, "config.json")
+    assert type(config) is (Config if missing in ("rounds", "temperature") else Resolved)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +410,10 @@ def test_what_a_stored_config_lacks_means_what_its_version_did():
         ({"cut": [1]}, "runs/a/config.json: config.cut = [1]"),
         ({"mean": {"red": 0.5}}, "runs/a/config.json: config.mean = {'red': 0.5}"),
         ({"mean": [0.5, None, 0.5]}, "runs/a/config.json: config.mean = None"),
-        ({"ema": None}, "runs/a/config.json: config.ema = None"),
+        ({"momentum": None}, "runs/a/config.json: config.momentum = None"),
+        ({"method": None}, "runs/a/config.json: config.method = None"),
+        ({"method": "moco"}, "runs/a/config.json: config.method = 'moco'"),
+        ({"toy": {"rate": 0.5}}, "runs/a/config.json: config.toy = {'rate': 0.5}"),
         ({"warp": 9, "shields": True}, "runs/a/config.json = 'shields, warp'"),
         ([1, 2], "runs/a/config.json = [1, 2]"),
     ],
@@ -428,8 +456,22 @@ def test_unknown_fields_and_wrong_types_are_named():
         check_types(config)
 
 
-def test_execution_fields_are_fields():
-    assert {field.name for field in dataclasses.fields(Config)} >= EXECUTION_FIELDS
+def test_what_resuming_may_change():
+    """A new field is what a run is made of unless its marker says otherwise."""
+    assert {
+        "checkpoint_every",
+        "cohort_chunks",
+        "compilation_cache",
+        "data_dir",
+        "devices",
+        "eval_batch_size",
+        "keep_checkpoints",
+        "knn_every",
+        "progress",
+        "server_shards",
+        "steps_per_dispatch",
+        "tensorboard",
+    } == EXECUTION_FIELDS
 
 
 def test_every_field_is_read():
@@ -446,7 +488,7 @@ def test_every_field_is_read():
 
 def test_every_field_is_documented():
     """A comment stands above each field, or above the group that it ends."""
-    source = Path(mocosfl_jax.__file__).with_name("config.py").read_text()
+    source = (Path(mocosfl_jax.__file__).parent / "config" / "fields.py").read_text()
     lines = source.splitlines()
     for field in dataclasses.fields(Config):
         index = next(i for i, line in enumerate(lines) if line.startswith(f"    {field.name}: "))

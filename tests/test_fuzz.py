@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from mocosfl_jax.config import Config, check_types
-from mocosfl_jax.config.build import data_options, deal
-from mocosfl_jax.config.resolve import check_fields
+from mocosfl_jax.config import Resolved, check_types
+from mocosfl_jax.config.checks import check_fields
+from mocosfl_jax.config.data import data_options, deal
 from mocosfl_jax.data.sources import Prepared, prepare_dataset
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.main import define_flags, main
-from mocosfl_jax.run.commandline import parse
+from mocosfl_jax.main import main
+from mocosfl_jax.run.commandline import define_flags, parse
 from mocosfl_jax.run.plan import plan
 from mocosfl_jax.run.workdir import WorkDir
 from mocosfl_jax.train import train
@@ -153,7 +153,7 @@ def test_a_plan_or_one_line(part, npz, capsys):
         assert ("estimated memory" in out) == (status == 0), shown
 
 
-def settled(npz: Path, fields: dict) -> tuple[Config, Prepared]:
+def settled(npz: Path, fields: dict) -> tuple[Resolved, Prepared]:
     """As the command does it, up to training."""
     argv = command(npz, fields)
     values = define_flags(argv)
@@ -164,7 +164,7 @@ def settled(npz: Path, fields: dict) -> tuple[Config, Prepared]:
     return deal(config, prepared)[0], prepared
 
 
-def small_plans(npz: Path) -> Iterator[tuple[dict, Config, Prepared]]:
+def small_plans(npz: Path) -> Iterator[tuple[dict, Resolved, Prepared]]:
     """Settings of two steps with many usual values, accepted and of little memory."""
     rng = random.Random(f"{SEED} trained")
     while True:

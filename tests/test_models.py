@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from mocosfl_jax.methods.mocosfl.server import embed_views
 from mocosfl_jax.models.bottleneck import parse_bottleneck
 from mocosfl_jax.models.heads import HEADS, Head
-from mocosfl_jax.models.resnet import ARCHITECTURES, StandardizedConv, standardize
 from mocosfl_jax.models.split import SplitModel, Variables, build_model
+from mocosfl_jax.models.units import StandardizedConv, standardize
 
 SIZE = 8
 UNITS = 3  # of the tiny network
@@ -33,9 +34,8 @@ def tiny(**changes) -> SplitModel:
 
 
 def paper(backbone: str = "resnet18", **changes) -> SplitModel:
-    """A network of the paper's width, with the golden files' head."""
-    blocks = ARCHITECTURES[backbone].blocks_per_stage
-    settings = {"blocks_per_stage": blocks, "width": 64, "head_width": 128, "image_size": 32}
+    """A network of the paper's depth and width, with the golden files' head."""
+    settings = {"blocks_per_stage": None, "width": 64, "head_width": 128, "image_size": 32}
     return tiny(backbone=backbone, **settings | changes)
 
 
@@ -157,6 +157,50 @@ def test_the_split_model_is_the_unsplit_one(backbone, cut):
 def test_other_bottlenecks_are_refused(text):
     with pytest.raises(ValueError, match="is not 'none' or C<channels>S"):
         parse_bottleneck(text)
+
+
+# -------------------------------------------------------------------------------------- equality
+
+
+def test_equal_models_compile_once():
+    @functools.partial(jax.jit, static_argnums=0)
+    @chex.assert_max_traces(n=1)
+    def encode(model: SplitModel, variables: Variables, images: jax.Array) -> jax.Array:
+        return model.encode(variables, images).embedding
+
+    first, second = (tiny(cut=2, bottleneck=parse_bottleneck("C4S2")) for _ in range(2))
+    assert first is not second
+    variables = initialized(first)
+    np.testing.assert_array_equal(
+        encode(first, variables, images()), encode(second, variables, images())
+    )
+    with pytest.raises(AssertionError, match="traced"):
+        encode(tiny(cut=2, bottleneck=parse_bottleneck("C4S1")), variables, images())
+
+
+CHANGES = [
+    {"backbone": "resnet50"},
+    {"backbone": "resnet34"},
+    {"blocks_per_stage": (1, 2)},
+    {"blocks_per_stage": None},
+    {"width": 12},
+    {"stem": "3x3s2"},
+    {"cut": 2},
+    {"bottleneck": parse_bottleneck("C4S2")},
+    {"head": "largeV2"},
+    {"head_width": 8},
+    {"image_size": 12},
+    {"compute_dtype": "bfloat16"},
+    {"row_axes": ("clients",)},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_models_are_equal_by_value(change):
+    assert tiny(**change) == tiny(**change)
+    assert hash(tiny(**change)) == hash(tiny(**change))
+    same = change == {"backbone": "resnet34"}  # its depth is set, and its blocks are resnet18's
+    assert (tiny(**change) == tiny()) == same
 
 
 # ------------------------------------------------------------------------------------------ values

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from mocosfl_jax.config.recipe import Recipe
+from mocosfl_jax.config.stored import to_json
 from mocosfl_jax.data.dataset import DatasetInfo, Prepared
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.sweep import engines
@@ -91,9 +94,9 @@ def test_runs_are_all_combinations_first_seeds_first():
         sweep_of(
             fixed={"epochs": 3},
             grid={"num_clients": (50, 7), "queue_length": (600,)},
-            methods={"MocoSFL-1": {"cut": 1}, "MonAco 3": {"ema": 0.5, "cut": 2}},
+            variants={"MocoSFL-1": {"cut": 1}, "MonAco 3": {"ema": 0.5, "cut": 2}},
             seeds=(4,),
-            more_seeds=({"num_clients": (7,), "method": ("MocoSFL-1",), "seeds": (4, 9)},),
+            more_seeds=({"num_clients": (7,), "variant": ("MocoSFL-1",), "seeds": (4, 9)},),
         )
     )
     assert list(runs) == [
@@ -136,9 +139,9 @@ def test_the_sweep_of_the_documentation():
 def test_a_sweep_unsets_fields():
     """The base deals 2 classes to each client, and monitors every 2 rounds."""
     base = str(ROOT / "configs" / "quickstart.py")
-    methods = {"shards": {}, "dirichlet": {"classes_per_client": None, "dirichlet_alpha": 0.3}}
+    variants = {"shards": {}, "dirichlet": {"classes_per_client": None, "dirichlet_alpha": 0.3}}
     grid = {"mean": (None, (0.5, 0.25, 0.5))}
-    sweep = sweep_of(base=base, methods=methods, grid=grid, unset=("knn_every",))
+    sweep = sweep_of(base=base, variants=variants, grid=grid, unset=("knn_every",))
     runs = expand(sweep)
     assert "--config.classes_per_client=None" in runs["dirichlet,mean=None,seed=0"].arguments
     found = [
@@ -216,7 +219,7 @@ def cifar10(name, **_) -> Prepared:
         ("grid.num_clients", (4, "many"), ["num_clients", "many"]),
         ("grid.num_clients", (), ["config.grid.num_clients", "at least one value"]),
         ("grid.cut", (1, 9), ["config.cut", "9", "1 to 3", "run cut=9,"]),
-        ("grid.cut", (1, None), ["config.cut = None: an integer", "run cut=None,"]),
+        ("grid.momentum", (0.5, None), ["config.momentum = None: a num", "run momentum=None,"]),
         ("unset", ("cuts",), ["config.unset", "cuts", "a field of the runs"]),
         ("unset", ("width",), ["config.unset", "width", "set in fixed too"]),
         ("unset", ("num_clients",), ["config.unset", "num_clients", "set in grid too"]),
@@ -228,6 +231,7 @@ def cifar10(name, **_) -> Prepared:
         ("seeds", (), ["config.seeds", "at least one"]),
         ("seeds", (0, -1), ["config.seed", "-1"]),
         ("more_seeds", ({"cut": (1,), "seeds": (1,)},), ["config.more_seeds", "cut"]),
+        ("more_seeds", ({"method": ("A",), "seeds": (1,)},), ["config.more_seeds", "variant"]),
         ("columns", "clients", ["config.columns", "clients"]),
         ("base", "nowhere.py", ["config.base = 'nowhere.py': an existing config file"]),
         ("seeds", (0, 0, 1), ["config.seeds = (0, 0, 1): each seed once"]),
@@ -262,12 +266,13 @@ def refused(capsys, argv: list[str]) -> str:
         ({"seed": 1}, "config.seeds"),
         ({"epochs": 2}, "set in config.fixed too"),
         ({"num_clients": 2}, "set in config.grid too"),
+        ({"cut": {"depth": 1}}, "cut.depth = 1: no such field"),
         (3, "fields and their values"),
     ],
 )
 def test_wrong_variants_are_refused(variant, words):
-    sweep = sweep_of(fixed={"epochs": 3}, grid={"num_clients": (2,)}, methods={"A": variant})
-    with pytest.raises(InputError, match=r"config\.methods\['A'\]") as error:
+    sweep = sweep_of(fixed={"epochs": 3}, grid={"num_clients": (2,)}, variants={"A": variant})
+    with pytest.raises(InputError, match=r"config\.variants\['A'\]") as error:
         expand(sweep)
     assert words in str(error.value)
 
@@ -277,6 +282,180 @@ def test_a_config_of_a_run_is_no_sweep(capsys):
     assert f"--config = '{BASE}'" in line and "default_sweep()" in line
     line = refused(capsys, ["sweep", "--config", "nowhere.py", "--dry_run"])
     assert "--config = 'nowhere.py': an existing config file is needed" in line
+
+
+# ------------------------------------------------------------------------------------- sections
+
+
+@dataclass(frozen=True)
+class ToySection:
+    rate: float = 0.5
+    limit: float | None = None
+
+
+TOY = Recipe(
+    reads=frozenset({"queue_length", "syncs_per_round"}),
+    build=lambda *_: pytest.fail("a sweep builds no method"),
+    sections={"toy": ToySection},
+)
+TOY_NAME = f"{__name__}:TOY"
+
+
+def toy_sweep(npz: Path, lines: str) -> list[str]:
+    """The command of a sweep of runs of `TOY` whose base has the limit 3."""
+    fields = {"dataset": f"npz:{npz}", **tiny.FIELDS}
+    base, sweep = npz.with_name("base.py"), npz.with_name("toy_sweep.py")
+    base.write_text(
+        "from mocosfl_jax.config import default_config\n"
+        f"def get_config():\n    config = default_config({TOY_NAME!r})\n"
+        f"    config.update({fields!r})\n    config.toy.limit = 3.0\n    return config\n"
+    )
+    sweep.write_text(
+        "from mocosfl_jax.sweep.definition import default_sweep\n"
+        f"def get_config():\n    sweep = default_sweep({TOY_NAME!r})\n"
+        f"    sweep.base = {str(base)!r}\n    sweep.grid.num_clients = (4,)\n    {lines}\n"
+        "    return sweep\n"
+    )
+    return ["sweep", "--config", str(sweep), "--workdir", str(npz.parent / "sweep")]
+
+
+def test_a_sweep_over_a_field_of_a_section(npz, capsys):
+    lines = "sweep.grid.toy.rate = (0.2, 0.1); sweep.columns = 'toy.rate'"
+    assert main(toy_sweep(npz, lines), FAKE) == 0
+    out = capsys.readouterr().out
+    assert "by toy.rate." in out and "| variant |  | 0.1 | 0.2 |" in out
+    records = SweepFolder(npz.parent / "sweep").records()
+    assert [(r.name, r.config["toy.rate"], r.config["toy.limit"]) for r in records] == [
+        ("num_clients=4,toy.rate=0.2,seed=0", 0.2, 3.0),
+        ("num_clients=4,toy.rate=0.1,seed=0", 0.1, 3.0),
+    ]
+    log = (run_path(npz, records[0].name) / "log.txt").read_text()
+    assert "--config.toy.rate=0.2" in log.splitlines()[0]
+    assert main(toy_sweep(npz, lines), FAKE) == 0
+    assert "2 of 2 runs are finished already" in capsys.readouterr().out
+    line = refused(capsys, toy_sweep(npz, f"{lines}; sweep.fixed.toy.limit = 4.0"))
+    assert "toy.limit 3.0 -> 4.0" in line
+
+
+def test_variants_that_set_and_unset_fields_of_a_section(npz, capsys):
+    lines = (
+        "sweep.variants = {'slow': {'toy': {'rate': 0.1}}, 'fast': {'toy': {'rate': 0.2}}}; "
+        "sweep.unset = ('toy.limit',); "
+        "sweep.more_seeds = ({'variant': ('fast',), 'seeds': (5,)},)"
+    )
+    assert main(toy_sweep(npz, lines), FAKE) == 0
+    capsys.readouterr()
+    records = SweepFolder(npz.parent / "sweep").records()
+    assert [(r.variant, r.config["seed"], r.config["toy.rate"]) for r in records] == [
+        *(("fast", 0, 0.2), ("slow", 0, 0.1), ("fast", 5, 0.2)),
+    ]
+    assert {r.config["toy.limit"] for r in records} == {None}
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("sweep.grid.toy.rate = ()", "config.grid.toy.rate = (): at least one value"),
+        ("sweep.grid.toy.rate = (1.0, 'x')", "--config.toy.rate=x"),
+        ("sweep.grid.toy.speed = (1.0,)", "speed"),
+        ("sweep.grid.toy = (1.0,)", "toy"),
+        ("sweep.unset = ('toy',)", "config.unset = 'toy': a field of the runs"),
+        ("sweep.unset = ('toy.rate',)", "config.toy.rate = None: a number is needed"),
+        ("sweep.columns = 'toy'", "config.columns = 'toy': a field of the runs"),
+        ("sweep.variants = {'A': {'toy': {'speed': 1}}}", "['A'].toy.speed = 1: no such field"),
+        ("sweep.variants = {'A': {'toy': 1}}", "config.variants['A'].toy = 1: no such field"),
+        (
+            "sweep.fixed.toy.rate = 1.0; sweep.variants = {'A': {'toy': {'rate': 2.0}}}",
+            "config.variants['A'].toy.rate = 2.0: set in config.fixed too",
+        ),
+    ],
+)
+def test_wrong_fields_of_a_section_are_refused(npz, capsys, lines, words):
+    assert words in refused(capsys, toy_sweep(npz, lines))
+
+
+def test_a_method_that_does_not_exist():
+    with pytest.raises(InputError, match=r"config\.method = 'no_such_method'"):
+        default_sweep("no_such_method")
+
+
+# ------------------------------------------------------------------------------- earlier versions
+
+
+@pytest.fixture
+def earlier(npz) -> list[str]:
+    """The command that continues a sweep of version 0.1.0, one run of which is finished.
+
+    Its sweep.json calls variants `method`, and stores the defaults of fields that are now unset.
+    """
+    folder = SweepFolder(npz.parent / "sweep")
+    text = (Path(__file__).parent / "version_0_1" / "sweep.json").read_text()
+    folder.path.mkdir()
+    folder.definition_path.write_text(text.replace("DATA", str(npz)))
+    for name, summary in (("shared", {"knn_top1": 50.0, "steps": 18}), ("private", None)):
+        path = folder.run_path(f"{name},num_clients=4,seed=0")
+        path.mkdir(parents=True)
+        if summary:
+            (path / "summary.json").write_text(json.dumps(summary))
+    fields = {name: value for name, value in tiny.FIELDS.items() if name != "num_clients"}
+    script = npz.with_name("earlier.py")
+    script.write_text(
+        "from mocosfl_jax.sweep.definition import default_sweep\n"
+        f"def get_config():\n    sweep = default_sweep()\n    sweep.base = {BASE!r}\n"
+        f"    sweep.fixed.update({ {'dataset': f'npz:{npz}', **fields}!r})\n"
+        "    sweep.grid.num_clients = (4,)\n"
+        "    sweep.variants = {'shared': {}, 'private': {'feature_sharing': False}}\n"
+        "    return sweep\n"
+    )
+    return ["sweep", "--config", str(script), "--workdir", str(folder.path)]
+
+
+def test_a_sweep_of_an_earlier_version_is_reported(earlier, npz, capsys):
+    assert main(["sweep", "--workdir", str(npz.parent / "sweep"), "--report"]) == 0
+    out = capsys.readouterr().out
+    assert "2 runs: 1 finished, 1 unfinished." in out
+    assert "| shared | kNN, top-1 % | 50.00 (1) |" in out
+    with (npz.parent / "sweep" / "report.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["variant"], row["status"]) for row in rows] == [
+        *(("private", "unfinished"), ("shared", "finished")),
+    ]
+
+
+def test_a_sweep_of_an_earlier_version_goes_on(earlier, npz, capsys):
+    assert main(earlier, FAKE) == 0
+    assert capsys.readouterr().out.startswith("1 of 2 runs are finished already\n")
+    assert (run_path(npz, "private,num_clients=4,seed=0") / "calls").exists()
+    assert not (run_path(npz, "shared,num_clients=4,seed=0") / "calls").exists()
+    assert main(earlier, FAKE) == 0  # the definition has been written anew
+    assert capsys.readouterr().out.startswith("2 of 2 runs are finished already\n")
+
+
+@pytest.mark.parametrize(("field", "value"), [("temperature", 0.2), ("cut", 2), ("epochs", 3)])
+def test_an_earlier_version_stored_what_the_rules_fill_now(earlier, capsys, field, value):
+    line = refused(capsys, [*earlier, f"--config.fixed.{field}={value}"])
+    assert re.search(rf"{field} [\d.]+ -> {value}", line)
+
+
+def test_the_former_name_of_variants_is_refused(tmp_path, capsys):
+    config = tmp_path / "sweep.py"
+    config.write_text(
+        "from mocosfl_jax.sweep.definition import default_sweep\n"
+        f"def get_config():\n    sweep = default_sweep()\n    sweep.base = {BASE!r}\n"
+        "    sweep.methods = {'A': {'cut': 1}}\n    return sweep\n"
+    )
+    line = refused(capsys, ["sweep", "--config", str(config), "--dry_run"])
+    assert line.startswith("mocosfl_jax.sweep: config.methods = {'A': {'cut': 1}}: ")
+    assert "config.variants" in line
+
+
+def test_a_variant_may_have_any_name():
+    """Names of the sweep's own fields too."""
+    variants = {"fixed": {"cut": 1}, "grid": {"cut": 2}}
+    runs = expand(sweep_of(fixed={"epochs": 1}, variants=variants, unset=("knn_every",)))
+    assert list(runs) == ["fixed,seed=0", "grid,seed=0"]
+    with pytest.raises(InputError, match=r"config\.unset = 'epochs': set in fixed too"):
+        expand(sweep_of(fixed={"epochs": 1}, variants=variants, unset=("epochs",)))
 
 
 def test_a_base_is_needed(capsys):
@@ -341,9 +520,21 @@ def test_another_sweep_in_the_same_folder_is_refused(capsys, npz):
     line = refused(capsys, command(npz, **{"grid.num_clients": (4, 5)}))
     assert "finished run" in line and "num_clients=2,seed=0" in line
     other = command(npz, **{"fixed.temperature": 0.25})
-    assert "temperature 0.1 -> 0.25" in refused(capsys, other)
+    assert "temperature None -> 0.25" in refused(capsys, other)
     assert main(command(npz, **{"fixed.knn_every": 2}), FAKE) == 0  # says only how it is run
     assert calls(npz) == {"num_clients=2,seed=0": 1, "num_clients=4,seed=0": 1}
+
+
+def test_a_field_may_be_set_to_what_its_rule_gave(capsys, npz):
+    assert main(command(npz), FAKE) == 0
+    for name in calls(npz):
+        config, _ = tiny.load(npz, num_clients=int(name[len("num_clients=")]))
+        (run_path(npz, name) / "config.json").write_text(json.dumps(to_json(config)))
+    capsys.readouterr()
+    assert main(command(npz, **{"fixed.temperature": 0.1}), FAKE) == 0
+    assert "2 of 2 runs are finished already" in capsys.readouterr().out
+    line = refused(capsys, command(npz, **{"fixed.temperature": 0.1, "fixed.ema": 0.9}))
+    assert "ema 0.99 -> 0.9" in line
 
 
 def test_a_folder_is_held_by_one_process_but_can_be_reported_on(capsys, npz):
@@ -592,7 +783,7 @@ def test_no_cluster_here(tmp_path, monkeypatch):
 
 
 def finished_sweep(folder: Path) -> SweepFolder:
-    """Two methods, two client counts, two seeds; two runs unfinished."""
+    """Two variants, two client counts, two seeds; two runs unfinished."""
     results = {
         ("A", 9, 0): (50.0, 40.0),
         ("A", 9, 1): (53.0, None),
@@ -602,10 +793,10 @@ def finished_sweep(folder: Path) -> SweepFolder:
         ("B", 100, 0): None,
     }
     runs = {}
-    for (method, clients, seed), result in results.items():
-        name = f"{method},num_clients={clients},seed={seed}"
+    for (variant, clients, seed), result in results.items():
+        name = f"{variant},num_clients={clients},seed={seed}"
         config = {"num_clients": clients, "seed": seed, "cut": 1}
-        runs[name] = {"method": method, "cell": {"num_clients": clients}, "config": config}
+        runs[name] = {"variant": variant, "cell": {"num_clients": clients}, "config": config}
         (folder / "runs" / name).mkdir(parents=True)
         if result:
             summary = dict(zip(("linear_top1", "knn_top1"), result, strict=True), steps=7)
@@ -622,13 +813,13 @@ def test_the_table_of_a_sweep_that_is_not_finished(tmp_path, capsys):
     assert main(["sweep", "--workdir", str(tmp_path), "--report"]) == 0
     page = (tmp_path / "report.md").read_text()
     assert capsys.readouterr().out == page
-    # 50 and 53: mean 51.5, deviations of 1.5 each, variance 2 * 2.25 / 1 = 4.5
+    # 50 and 53: mean 51.5, each 1.5 away from it, variance 2 * 2.25 / 1 = 4.5
     assert page.splitlines() == [
         "6 runs: 4 finished, 2 unfinished.",
         "",
         "Mean ± standard deviation over seeds (number of seeds), by number of clients.",
         "",
-        "| method |  | 9 | 100 |",
+        "| variant |  | 9 | 100 |",
         "| --- | --- | ---: | ---: |",
         "| A | linear probe, top-1 % | 51.50 ± 2.12 (2) | 60.00 (1 of 2) |",
         "| A | kNN, top-1 % | 40.00 (1 of 2) | 44.00 (1 of 2) |",
@@ -682,9 +873,9 @@ def test_the_long_form_has_a_row_a_run(tmp_path):
     first, *_, last = rows
     assert len(rows) == 6
     assert list(first)[:7] == [
-        *("run", "method", "num_clients", "seed", "status", "linear_top1", "knn_top1")
+        *("run", "variant", "num_clients", "seed", "status", "linear_top1", "knn_top1")
     ]
-    assert (first["method"], first["num_clients"], first["status"]) == ("A", "9", "finished")
+    assert (first["variant"], first["num_clients"], first["status"]) == ("A", "9", "finished")
     assert (first["linear_top1"], first["steps"], first["wall_seconds"]) == ("50.0", "7", "")
     assert (last["run"], last["status"], last["linear_top1"]) == (
         *("B,num_clients=100,seed=0", "unfinished", ""),
@@ -707,15 +898,15 @@ def test_speeds_that_counted_padding_are_not_shown_beside_others(tmp_path, capsy
     report += ["--config", str(config)]
     assert main(report) == 0  # old ones among themselves
     assert (
-        "| A | images_per_second | 150.00 ± 70.71 (2) | 400.00 (1 of 2) |"
+        "| A | training speed, images/s | 150.00 ± 70.71 (2) | 400.00 (1 of 2) |"
         in capsys.readouterr().out
     )
     new = {"images_per_second": 300.0, "padding_counted": False}
     (folder.run_path("B,num_clients=9,seed=0") / "summary.json").write_text(json.dumps(new))
     assert main(report) == 0
     out = capsys.readouterr().out
-    assert "| A | images_per_second | - (2) | - (1 of 2) |" in out
-    assert "| B | images_per_second | 300.00 (1) |" in out
+    assert "| A | training speed, images/s | - (2) | - (1 of 2) |" in out
+    assert "| B | training speed, images/s | 300.00 (1) |" in out
     assert "counted padding" in out
 
 
@@ -758,6 +949,17 @@ def test_a_metric_that_no_run_has_is_refused_before_any_run(tmp_path, capsys):
 def test_a_finished_run_without_a_metric_is_finished():
     assert str(Cell((), finished=2, runs=2)) == "- (2)"
     assert str(Cell((), finished=1, runs=2)) == "- (1 of 2)"
+
+
+def test_numbers_that_a_summary_lacks_or_has_as_text(tmp_path, capsys):
+    folder = finished_sweep(tmp_path)
+    report = ["sweep", "--workdir", str(tmp_path), "--report", "--config", SWEEP]
+    assert main([*report, "--config.metrics=knn_top1_raw_pixels"]) == 0  # older runs have no such
+    assert "| B | kNN of raw pixels, at most 32x32, top-1 % | - (1) |" in capsys.readouterr().out
+    path = folder.run_path("B,num_clients=9,seed=0") / "summary.json"
+    path.write_text(json.dumps({"knn_top1": "high"}))
+    assert main([*report, "--config.metrics=knn_top1"]) == 2
+    assert "B,num_clients=9,seed=0 = \"knn_top1 'high'\"" in capsys.readouterr().err
 
 
 def test_no_sweep_to_report_on(tmp_path, capsys):

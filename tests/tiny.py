@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+from mocosfl_jax.run.program import program_of
 
-from mocosfl_jax.config import Config, check_types, default_config
-from mocosfl_jax.config.build import data_options, program_of
-from mocosfl_jax.config.resolve import resolve
+from mocosfl_jax.config import Resolved, check_types, default_config, resolve
+from mocosfl_jax.config.data import data_options
 from mocosfl_jax.data.sources import Dataset, inspect_dataset, load_dataset
 from mocosfl_jax.federated.placement import single_device
 from mocosfl_jax.run.checkpoint import Identity, data_digest, find_newest
@@ -56,7 +56,7 @@ def flags(npz: Path, **fields) -> list[str]:
     return [f"--config.{name}={value}" for name, value in values.items()]
 
 
-def load(npz: Path, **fields) -> tuple[Config, Dataset]:
+def load(npz: Path, **fields) -> tuple[Resolved, Dataset]:
     """Resolved config and data."""
     raw = default_config()
     raw.update({"dataset": f"npz:{npz}", **FIELDS, **fields})

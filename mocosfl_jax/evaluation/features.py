@@ -106,11 +106,11 @@ def _encode_batch(apply_fn: ApplyFn, placement: Placement, params: PyTree, *arra
         scaled = images.astype(jnp.float32) / 255.0
         return apply_fn(params, (scaled - mean_C[None, None, None]) / std_C[None, None, None])
 
-    split, whole = placement.rows().spec, placement.whole.spec
+    split, whole = placement.rows().spec, placement.replicated.spec
     spread = jax.shard_map(
         rows, mesh=placement.mesh, in_specs=(whole, split, whole, whole), out_specs=split
     )
-    return jax.lax.with_sharding_constraint(spread(params, *arrays), placement.whole)
+    return jax.lax.with_sharding_constraint(spread(params, *arrays), placement.replicated)
 
 
 def _rows_a_call(number: int, batch_size: int, devices: int) -> int:

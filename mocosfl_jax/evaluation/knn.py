@@ -99,7 +99,7 @@ def knn_top1(
         raise InputError("chunk_size", chunk_size, ">= 1")
 
     placement = placement or single_device()
-    whole, rows = placement.whole, placement.rows()
+    whole, rows = placement.replicated, placement.rows()
     vote = _spread_vote(placement, num_classes, k, temperature)
     bank = unit_rows(placement.put_array(bank_ND, whole))
     bank_labels = placement.put_array(bank_labels_N, whole)
@@ -122,7 +122,7 @@ def _spread_vote(
     placement: Placement, num_classes: int, k: int, temperature: float
 ) -> Callable[..., jax.Array]:
     """`_vote` with the queries split over the devices, the scores whole on each."""
-    whole, rows = placement.whole, placement.rows()
+    whole, rows = placement.replicated, placement.rows()
     spread = jax.shard_map(
         partial(_vote, num_classes=num_classes, k=k, temperature=temperature),
         mesh=placement.mesh,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Resolved
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.evaluation.knn import knn_top1
@@ -63,7 +63,7 @@ def evaluation_data(dataset: Dataset) -> EvaluationData | str:
 
 
 def encode_splits(
-    config: Config,
+    config: Resolved,
     model: SplitModel,
     variables: Variables,
     data: EvaluationData,
@@ -92,7 +92,7 @@ def encode_splits(
 
 
 def knn_monitor(
-    config: Config,
+    config: Resolved,
     splits: Splits,
     num_classes: int,
     placement: Placement | None = None,
@@ -116,7 +116,7 @@ def knn_monitor(
 
 
 def raw_pixel_knn(
-    config: Config, data: EvaluationData, before_batch: Callable[[], None] | None = None
+    config: Resolved, data: EvaluationData, before_batch: Callable[[], None] | None = None
 ) -> float:
     """kNN top-1 in percent on the images themselves: what any encoder has to beat.
 
@@ -137,7 +137,7 @@ def raw_pixel_knn(
 
 
 def probe(
-    config: Config,
+    config: Resolved,
     splits: Splits,
     num_classes: int,
     before_epoch: Callable[[], None] | None = None,

@@ -1,4 +1,4 @@
-"""Averaging the client models of the cohort (FedAvg, McMahan et al. 2017)."""
+"""Averaging models over the cohort (FedAvg, McMahan et al. 2017)."""
 
 from typing import Any
 
@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from mocosfl_jax.federated.axes import NO_MESH, Axes
-from mocosfl_jax.federated.state import ClientState
 
 
 def average(tree_C: Any, weight_C: jax.Array, axes: Axes = NO_MESH) -> Any:
-    """Weighted mean over the cohort, given back to every slot.
+    """Weighted mean over the cohort, without the leading axis; the same on every device.
 
     Args:
       tree_C: leaves (C, ...), this device's slots.
@@ -21,21 +20,11 @@ def average(tree_C: Any, weight_C: jax.Array, axes: Axes = NO_MESH) -> Any:
 
     def mean(x: jax.Array) -> jax.Array:
         # Full float32: parameters must not lose bits to a backend's short matrix products.
-        summed = jnp.tensordot(share_C, x, axes=1, precision=jax.lax.Precision.HIGHEST)
-        summed = axes.vary(axes.sum(summed))
-        return jnp.broadcast_to(summed, x.shape)
+        return axes.sum(jnp.tensordot(share_C, x, axes=1, precision=jax.lax.Precision.HIGHEST))
 
     return jax.tree.map(mean, tree_C)
 
 
-def sync(
-    cohort: ClientState, weight_C: jax.Array, align_momentum: bool, axes: Axes = NO_MESH
-) -> ClientState:
-    """Online models become their average; momentum models as well when aligned (MonAcoSFL).
-
-    SGD buffers, private queues and unaligned momentum models stay as they are.
-    """
-    cohort = cohort.replace(params=average(cohort.params, weight_C, axes))
-    if align_momentum:
-        cohort = cohort.replace(momentum=average(cohort.momentum, weight_C, axes))
-    return cohort
+def hand_out(tree: Any, like_C: Any, axes: Axes = NO_MESH) -> Any:
+    """A common model for each slot: leaves (C, ...) as in `like_C`, device-varying."""
+    return jax.tree.map(lambda x, y: jnp.broadcast_to(axes.vary(x), y.shape), tree, like_C)

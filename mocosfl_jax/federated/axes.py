@@ -1,4 +1,4 @@
-"""What devices exchange in a step, inside `shard_map`. Without a mesh nothing is exchanged."""
+"""What devices exchange, inside `shard_map`. Without a mesh nothing is exchanged."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +11,28 @@ from jax import lax
 class Axes:
     """Names of mesh axes.
 
-    rows: axes over which cohort slots, and with them server rows, are split, the major one first;
+    rows: axes over which cohort slots, and with them server rows, are spread, the major one first;
       empty without a mesh.
-    server: the axis of `rows` over which the last dimension of server parameters is split as well,
-      or None. A leaf is split if it varies over that axis.
+    server: the axis of `rows` over which the last dimension of server parameters is sharded as
+      well, or None. A leaf is sharded if it varies over that axis.
     """
 
     rows: tuple[str, ...] = ()
     server: str | None = None
+
+    def size(self) -> int:
+        """Devices over which rows are spread."""
+        return lax.axis_size(self.rows) if self.rows else 1
+
+    def index(self) -> jax.Array:
+        """() int32, position of this device among them."""
+        return lax.axis_index(self.rows)
+
+    def pass_on(self, tree: Any) -> Any:
+        """Gives this device's values to the next device, and gets those of the one before."""
+        size = self.size()
+        ring = [(device, (device + 1) % size) for device in range(size)]
+        return jax.tree.map(lambda x: lax.ppermute(x, self.rows, ring), tree)
 
     def sum(self, tree: Any) -> Any:
         """Sums over all devices, the same everywhere."""
@@ -35,8 +49,8 @@ class Axes:
         return lax.all_gather(x, self.rows, axis=axis, tiled=True, to="invarying")
 
     def vary(self, tree: Any) -> Any:
-        """The same values, of which every device has its own: a gradient with respect to them
-        stays the one of this device's rows."""
+        """Marks replicated values as device-varying, so that gradients with respect to them are
+        not summed over devices."""
 
         def leaf(x: jax.Array) -> jax.Array:
             missing = tuple(name for name in self.rows if name not in _varying(x))
@@ -45,20 +59,20 @@ class Axes:
         return jax.tree.map(leaf, tree)
 
     def gather_server(self, params: Any) -> Any:
-        """Whole server parameters, this device's own, from split ones."""
+        """Complete server parameters, device-varying, from sharded ones."""
 
         def leaf(x: jax.Array) -> jax.Array:
-            if not self._is_split(x):
+            if not self._is_sharded(x):
                 return x
             return lax.all_gather(x, self.server, axis=x.ndim - 1, tiled=True)
 
         return self.vary(jax.tree.map(leaf, params))
 
     def sum_server(self, grads: Any, params: Any) -> Any:
-        """Sums gradients of whole parameters over all devices, split as `params` are."""
+        """Sums gradients of complete parameters over all devices, sharded as `params` are."""
 
         def leaf(grad: jax.Array, param: jax.Array) -> jax.Array:
-            if not self._is_split(param):
+            if not self._is_sharded(param):
                 return self.sum(grad)
             others = tuple(name for name in self.rows if name != self.server)
             own = lax.psum_scatter(grad, self.server, scatter_dimension=grad.ndim - 1, tiled=True)
@@ -66,7 +80,7 @@ class Axes:
 
         return jax.tree.map(leaf, grads, params)
 
-    def _is_split(self, x: jax.Array) -> bool:
+    def _is_sharded(self, x: jax.Array) -> bool:
         return self.server is not None and self.server in _varying(x)
 
 

@@ -1,48 +1,53 @@
-"""Several steps in one compiled program: augmentation, step and sync inside a scan."""
+"""Several steps in one compiled program: augmentation and steps inside a scan."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from mocosfl_jax.data.augment import AugmentConfig, two_views
+from mocosfl_jax.data.augment import AugmentConfig, no_views, one_view, two_views
+from mocosfl_jax.federated.contract import Batch, Method, Metrics, Normalisation
 from mocosfl_jax.federated.state import TrainState
-from mocosfl_jax.methods.mocosfl.step import Batch, Method, Rates, train_step
 
 
 class Images(NamedTuple):
     """Raw inputs of S steps.
 
-    images: (S, C, B, H, W, 3) uint8. mask: (S, C, B) bool, False for padding. sync_now: (S,) bool,
-    whether the step ends with a sync. sync_weight: (C,) float32, of each slot in an average.
+    images: (S, C, B, H, W, 3) uint8. mask: (S, C, B) bool, False for padding. sync: (S,) bool,
+    whether the step ends with a sync. weight: (C,) float32, of each slot in an average. labels:
+    (S, C, B) int32, -1 where there is none; None where the method takes none.
     """
 
-    images: jax.Array | np.ndarray
-    mask: jax.Array | np.ndarray
-    sync_now: jax.Array | np.ndarray
-    sync_weight: jax.Array | np.ndarray
+    images: jax.Array
+    mask: jax.Array
+    sync: jax.Array
+    weight: jax.Array
+    labels: jax.Array | None = None
 
 
-class Normalisation(NamedTuple):
-    """Mean and deviation of each channel, (3,) float32, of pixels in [0, 1]."""
+class Constants(NamedTuple):
+    """What is the same in every dispatch of a run.
 
-    mean: jax.Array
-    std: jax.Array
+    normalisation: of the views. augment_key: of the views; an image's key folds in step, client id
+    and position in the batch. method_key: of what a method draws; a slot's key folds in step and
+    client id. No generator is part of the state.
+    """
+
+    normalisation: Normalisation
+    augment_key: jax.Array
+    method_key: jax.Array
 
 
 class DispatchOutput(NamedTuple):
     """What a dispatch of S steps reports.
 
-    loss, accuracy: (S,) of each step, before its update. learning_rate: (S,) float32, the server's
-    rate in each step. finite: () bool, whether every loss and every online parameter at the end is
-    finite.
+    metrics: those of the method, (S,) each, summed over devices. learning_rate: (S,) float32.
+    finite: () bool, whether metrics, server and cohort at the end are finite.
     """
 
-    loss: jax.Array
-    accuracy: jax.Array
+    metrics: Metrics
     learning_rate: jax.Array
     finite: jax.Array
 
@@ -51,82 +56,83 @@ class DispatchOutput(NamedTuple):
 class Program:
     """What a dispatch computes, fixed for a run; hashable.
 
-    method: the step. augment: of both views. learning_rate, client_learning_rate: at the start.
-    schedule: factor on both rates, a function of the step as a float.
+    method: the step. augment: of the views. learning_rate: at the start, as it is logged.
+    schedule: factor on all rates, a function of the step as a float.
     """
 
     method: Method
     augment: AugmentConfig
     learning_rate: float
-    client_learning_rate: float
     schedule: optax.Schedule
 
 
-def rate_schedule(name: str, total_steps: int) -> optax.Schedule:
-    """Factor on both learning rates at each step.
-
-    `cosine` falls to 0 over the run; `step` drops to 0.1 at 60 % and 0.01 at 80 %; `constant` is 1.
-    """
-    if name == "cosine":
-        return optax.cosine_decay_schedule(1.0, total_steps)
-    if name == "step":
-        drops = {int(0.6 * total_steps): 0.1, int(0.8 * total_steps): 0.1}
-        return optax.piecewise_constant_schedule(1.0, drops)
-    return optax.constant_schedule(1.0)
-
-
 def run_dispatch(
-    program: Program,
-    state: TrainState,
-    inputs: Images,
-    normalisation: Normalisation,
-    augment_key: jax.Array,
+    program: Program, state: TrainState, inputs: Images, constants: Constants
 ) -> tuple[TrainState, DispatchOutput]:
     """Takes S steps of one round; pure.
 
     Args:
       program: static.
       state: within a round, see `begin_round`.
-      augment_key: of the run; an image's key folds in step, client id and position in the batch, so
-        that no generator is part of the state.
     """
+    method = program.method
 
-    def one_step(state: TrainState, step: tuple[jax.Array, ...]):
-        images_CBHWC, mask_CB, sync_now = step
-        query, key = _augmented(program, state, images_CBHWC, normalisation, augment_key)
+    def one_step(state: TrainState, step: Images) -> tuple[TrainState, tuple[Metrics, jax.Array]]:
         factor = jnp.asarray(program.schedule(state.step.astype(jnp.float32)), jnp.float32)
-        rates = Rates(program.learning_rate * factor, program.client_learning_rate * factor)
-        batch = Batch(query, key, mask_CB, jnp.asarray(inputs.sync_weight))
-        state, output = train_step(program.method, state, batch, rates, sync_now)
-        return state, (output.loss, output.accuracy, rates.server)
+        batch = _batch(program, state, step, factor, constants)
+        result = method.step(state.server, state.cohort, batch)
+        state = state.replace(step=state.step + 1, server=result.server, cohort=result.cohort)
+        metrics = method.axes.sum(result.metrics)
+        return state, (metrics, program.learning_rate * factor)
 
-    steps = tuple(jnp.asarray(x) for x in (inputs.images, inputs.mask, inputs.sync_now))
-    state, (loss, accuracy, learning_rate) = jax.lax.scan(one_step, state, steps)
-    finite = program.method.axes.all(_all_finite((loss, state.server, state.cohort)))
-    return state, DispatchOutput(loss, accuracy, learning_rate, finite)
-
-
-def _augmented(
-    program: Program,
-    state: TrainState,
-    images_CBHWC: jax.Array,
-    normalisation: Normalisation,
-    augment_key: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Two views of every image, (C, B, size, size, 3) each."""
-    cohort_size, batch_size, *image_shape = images_CBHWC.shape
-    step_key = jax.random.fold_in(augment_key, state.step)
-    client_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, state.cohort_ids)
-    keys_CB = jax.vmap(lambda key: jax.random.split(key, batch_size))(client_keys)
-    views = two_views(
-        keys_CB.reshape(-1),
-        images_CBHWC.reshape(-1, *image_shape),
-        program.augment,
-        normalisation.mean,
-        normalisation.std,
+    steps = jax.tree.map(jnp.asarray, inputs)
+    weight = steps.weight
+    state, (metrics, learning_rate) = jax.lax.scan(
+        lambda state, step: one_step(state, step._replace(weight=weight)),
+        state,
+        steps._replace(weight=None),
     )
-    query, key = (v.reshape(cohort_size, batch_size, *v.shape[1:]) for v in views)
-    return query, key
+    finite = method.axes.all(_all_finite((metrics, state.server, state.cohort)))
+    return state, DispatchOutput(metrics, learning_rate, finite)
+
+
+def _batch(
+    program: Program, state: TrainState, step: Images, factor: jax.Array, constants: Constants
+) -> Batch:
+    return Batch(
+        views=_views(program, state, step.images, constants),
+        labels=step.labels,
+        mask=step.mask,
+        weight=step.weight,
+        sync=step.sync,
+        rate_factor=factor,
+        keys=_client_keys(constants.method_key, state),
+        normalisation=constants.normalisation,
+    )
+
+
+def _client_keys(key: jax.Array, state: TrainState) -> jax.Array:
+    """A key for each slot, (C,)."""
+    step_key = jax.random.fold_in(key, state.step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(step_key, state.cohort_ids)
+
+
+def _views(
+    program: Program, state: TrainState, images_CBHWC: jax.Array, constants: Constants
+) -> tuple[jax.Array, ...]:
+    """The views of every image that the method takes, (C, B, size, size, 3) each."""
+    slots, batch_size, *image_shape = images_CBHWC.shape
+    images = images_CBHWC.reshape(-1, *image_shape)
+    mean, std = constants.normalisation
+    views: tuple[jax.Array, ...]
+    if program.method.views == 0:
+        views = no_views(images, mean, std)
+    else:
+        client_keys = _client_keys(constants.augment_key, state)
+        keys_CB = jax.vmap(lambda key: jax.random.split(key, batch_size))(client_keys)
+        augment = two_views if program.method.views == 2 else one_view
+        views = augment(keys_CB.reshape(-1), images, program.augment, mean, std)
+    return tuple(v.reshape(slots, batch_size, *v.shape[1:]) for v in views)
 
 
 def _all_finite(tree) -> jax.Array:

@@ -1,11 +1,12 @@
-"""Where a run's arrays live: the mesh of devices, and what of the state is split over it.
+"""Where a run's arrays live: the mesh of devices, and what of the state is sharded over it.
 
-The mesh has two axes. Cohort slots, their images and latents are split over both; server parameters
-are whole on every device, or split over the second axis (`config.server_shards`). Processes of a
-multi-host run each hold some of the devices.
+The mesh has two axes. Cohort slots, their images and latents are spread over both; server
+parameters are replicated, or sharded over the second axis (`config.server_shards`). Large leaves of
+the population are sharded over N, over both. Processes of a multi-host run each hold some devices.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,21 +18,20 @@ from jax.sharding import PartitionSpec as P
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.axes import Axes
-from mocosfl_jax.federated.dispatch import (
-    DispatchOutput,
-    Images,
-    Normalisation,
-    Program,
-    run_dispatch,
-)
-from mocosfl_jax.federated.state import ServerState, TrainState
+from mocosfl_jax.federated.contract import Method, Tree
+from mocosfl_jax.federated.dispatch import Constants, DispatchOutput, Images, Program, run_dispatch
+from mocosfl_jax.federated.population import gather, scatter
+from mocosfl_jax.federated.state import TrainState, begin_round, leaving
 
 ROWS = ("clients", "server")
-"""Names of the mesh axes; `server` is the one over which server parameters may be split."""
+"""Names of the mesh axes; `server` is the one over which server parameters may be sharded."""
+
+SHARDED_FROM = 2**20
+"""Bytes from which a leaf of the population is sharded over N; smaller ones are replicated."""
 
 
 def axes_of(server_shards: int) -> Axes:
-    """What the step needs to know of the mesh."""
+    """What a method needs to know of the mesh."""
     return Axes(ROWS, "server" if server_shards > 1 else None)
 
 
@@ -46,12 +46,12 @@ class Placement:
         return self.mesh.size
 
     @property
-    def whole(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """The same on every device."""
         return NamedSharding(self.mesh, P())
 
     def rows(self, axis: int = 0) -> NamedSharding:
-        """Split over all devices on one axis."""
+        """Sharded over all devices on one axis."""
         return NamedSharding(self.mesh, P(*[None] * axis, ROWS))
 
     def put(
@@ -68,54 +68,98 @@ class Placement:
         return self.put(array.shape, sharding, lambda index: array[index])
 
     def fetch(self, tree: Any) -> Any:
-        """NumPy copies on every process of arrays that may be split over all of them."""
-        return jax.device_get(jax.jit(_identity, out_shardings=self.whole)(tree))
+        """NumPy copies on every process of arrays that may be sharded over all of them."""
+        return jax.device_get(jax.jit(_identity, out_shardings=self.replicated)(tree))
 
-    def state_shardings(self, state: Any) -> Any:
-        """The sharding of every leaf of a TrainState (of arrays or shapes)."""
+    # -------------------------------------------------------------------------------- the state
+
+    def population_rows(self, num_clients: int) -> int:
+        """Rows of a sharded population leaf: N, padded to fill all devices."""
+        return -(-num_clients // self.devices) * self.devices
+
+    def is_sharded(self, leaf: Any) -> bool:
+        """Whether a population leaf (an array or its shape) is sharded over N."""
+        return self.devices > 1 and math.prod(leaf.shape) * leaf.dtype.itemsize >= SHARDED_FROM
+
+    def state_shardings(self, method: Method, state: TrainState) -> TrainState:
+        """The sharding of every leaf of a state (of arrays or shapes)."""
         return jax.tree.map(
             lambda spec: NamedSharding(self.mesh, spec),
-            self._state_specs(state),
+            self._state_specs(method, state),
             is_leaf=lambda x: isinstance(x, P),
         )
 
-    def _state_specs(self, state: TrainState) -> TrainState:
+    def _state_specs(self, method: Method, state: TrainState) -> TrainState:
         shards = self.mesh.shape["server"]
 
-        def server(x: Any) -> P:
-            split = shards > 1 and x.ndim > 0 and x.shape[-1] % shards == 0
-            return P(*[None] * (x.ndim - 1), "server") if split else P()
+        def server(may_be: bool, x: Any) -> P:
+            fits = may_be and shards > 1 and x.ndim > 0 and x.shape[-1] % shards == 0
+            return P(*[None] * (x.ndim - 1), "server") if fits else P()
 
-        def everywhere(spec: P, tree: Any) -> Any:
-            return jax.tree.map(lambda _: spec, tree)
-
-        parts, once, slots = state.server, cast(Any, P()), cast(Any, P(ROWS))
+        once, slots = cast(Any, P()), cast(Any, P(ROWS))
+        may_be = jax.tree.broadcast(method.sharded(state.server), state.server)
         return TrainState(
             step=once,
-            server=ServerState(
-                *(jax.tree.map(server, x) for x in (parts.params, parts.momentum, parts.buffers)),
-                *(everywhere(P(), x) for x in (parts.stats, parts.momentum_stats)),
-            ),
-            population=everywhere(P(), state.population),
+            server=jax.tree.map(server, may_be, state.server),
+            population=jax.tree.map(self._population_spec, state.population),
             cohort_ids=slots,
-            cohort=everywhere(P(ROWS), state.cohort),
-            queue=everywhere(P(), state.queue),
+            cohort=jax.tree.map(lambda _: P(ROWS), state.cohort),
         )
 
+    def _population_spec(self, leaf: Any) -> P:
+        return P(ROWS) if self.is_sharded(leaf) else P()
+
+    # ----------------------------------------------------------------------- programs on the mesh
+
+    def begin(self, method: Method, state: TrainState) -> Callable[..., TrainState]:
+        """`begin_round` on the mesh, to be jitted: (state, ids) to the new state."""
+        specs = self._state_specs(method, state).population
+        sharded = jax.tree.map(self.is_sharded, state.population)
+        take = jax.shard_map(
+            functools.partial(gather, sharded=sharded, axes=Axes(ROWS)),
+            mesh=self.mesh,
+            in_specs=(specs, P(ROWS)),
+            out_specs=P(ROWS),
+        )
+        return lambda state, ids_C: begin_round(method, state, ids_C, take(state.population, ids_C))
+
+    def end(self, method: Method, state: TrainState) -> Callable[..., TrainState]:
+        """`end_round` on the mesh, to be jitted: from the state to the new one."""
+        specs = self._state_specs(method, state).population
+        sharded = jax.tree.map(self.is_sharded, state.population)
+        put = jax.shard_map(
+            functools.partial(scatter, sharded=sharded, axes=Axes(ROWS)),
+            mesh=self.mesh,
+            in_specs=(specs, P(ROWS), P(ROWS)),
+            out_specs=specs,
+        )
+
+        def end_round(state: TrainState) -> TrainState:
+            kept: Tree = leaving(method, state)
+            return state.replace(population=put(state.population, state.cohort_ids, kept))
+
+        return end_round
+
     def dispatch(self, program: Program, state: TrainState) -> Callable[..., Any]:
-        """`run_dispatch` on the mesh, jitted: (state, inputs, normalisation, key) to the new state,
-        whose buffers are those of the old one, and `DispatchOutput`."""
-        specs = self._state_specs(state)
+        """`run_dispatch` on the mesh, jitted: (state, inputs, constants) to the new state, whose
+        buffers are those of the old one, and `DispatchOutput`. The population takes no part."""
+        specs = self._state_specs(program.method, state)
         steps_and_rows = cast(Any, P(None, ROWS))
-        inputs = Images(steps_and_rows, steps_and_rows, cast(Any, P()), cast(Any, P(ROWS)))
+        inputs = Images(
+            images=steps_and_rows,
+            mask=steps_and_rows,
+            sync=cast(Any, P()),
+            weight=cast(Any, P(ROWS)),
+            labels=steps_and_rows if program.method.labels else None,
+        )
 
         def steps(
-            state: TrainState, inputs: Images, normalisation: Normalisation, key: jax.Array
+            state: TrainState, inputs: Images, constants: Constants
         ) -> tuple[TrainState, DispatchOutput]:
-            return run_dispatch(program, state, inputs, normalisation, key)
+            return run_dispatch(program, state, inputs, constants)
 
         spread = jax.shard_map(
-            steps, mesh=self.mesh, in_specs=(specs, inputs, P(), P()), out_specs=(specs, P())
+            steps, mesh=self.mesh, in_specs=(specs, inputs, P()), out_specs=(specs, P())
         )
         return jax.jit(spread, donate_argnums=0)
 

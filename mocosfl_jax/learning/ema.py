@@ -7,6 +7,6 @@ import jax
 Tree = TypeVar("Tree")
 
 
-def ema_update(momentum: Tree, online: Tree, decay: float) -> Tree:
-    """decay * momentum + (1 - decay) * online, leaf by leaf."""
-    return jax.tree.map(lambda m, p: decay * m + (1 - decay) * p, momentum, online)
+def ema_update(average: Tree, params: Tree, decay: float) -> Tree:
+    """decay * average + (1 - decay) * params, leaf by leaf."""
+    return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)

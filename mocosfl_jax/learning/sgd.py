@@ -1,7 +1,7 @@
 """SGD with momentum whose rate comes from the global step.
 
-Only buffers are optimiser state. A step counter inside it would lag behind for clients that were
-not drawn, so the rate is an argument.
+A step counter inside the optimizer state would lag behind for clients that were not drawn, so the
+rate is an argument of the update, and the state holds momentum alone.
 """
 
 from typing import TypeVar
@@ -13,7 +13,7 @@ Tree = TypeVar("Tree")
 
 
 def sgd(momentum: float, weight_decay: float) -> optax.GradientTransformation:
-    """PyTorch's SGD without the rate: decay joins the gradient, buffer = momentum * buffer + that.
+    """PyTorch's SGD without the rate: the trace is momentum * trace + gradient + decay * parameter.
 
     Weight decay acts on every parameter, biases and norms included.
     """
@@ -21,12 +21,12 @@ def sgd(momentum: float, weight_decay: float) -> optax.GradientTransformation:
 
 
 def sgd_update(
-    transform: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     params: Tree,
-    buffers: optax.OptState,
+    opt_state: optax.OptState,
     grads: Tree,
     rate: jax.Array,
 ) -> tuple[Tree, optax.OptState]:
-    """New parameters (params - rate * direction) and new buffers."""
-    direction, buffers = transform.update(grads, buffers, params)
-    return jax.tree.map(lambda p, d: p - rate * d, params, direction), buffers
+    """New parameters (params - rate * direction) and the new optimizer state."""
+    direction, opt_state = optimizer.update(grads, opt_state, params)
+    return jax.tree.map(lambda p, d: p - rate * d, params, direction), opt_state

@@ -1,41 +1,30 @@
-"""CIFAR-style ResNets with GroupNorm and weight standardisation, as lists of units.
+"""CIFAR-style ResNets with GroupNorm and weight standardisation.
 
-A backbone is a tuple of unit constructors: unit 0 is the stem, every other unit one residual
-block. Cutting the network at depth `cut` is `units[:cut]` for the client and `units[cut:]` for the
-server; unit k keeps its name `unit{k}` on whichever side it runs.
+Unit 0 is the stem, every other unit is one residual block.
 
-Sources: He et al. 2016 (arXiv 1512.03385) for the blocks, Wu & He 2018 (arXiv 1803.08494) for
-GroupNorm, Qiao et al. 2019 (arXiv 1903.10520) for weight standardisation; the stems without pooling
-and 4 channels a group are those of the MocoSFL paper's code.
+Sources: He et al. 2016 (arXiv 1512.03385) for the blocks; the stems without pooling are those of
+the MocoSFL paper's code.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mocosfl_jax.models.conv import conv
+from mocosfl_jax.models.contract import Backbone, Network, NetworkError, Unit
+from mocosfl_jax.models.units import (
+    CHANNELS_PER_GROUP,
+    MOST_CHANNELS,
+    StandardizedConv,
+    group_norm,
+)
 
-Unit = Callable[..., nn.Module]
-"""Constructor of one unit; called with `name=`."""
-
-CHANNELS_PER_GROUP = 4
-
-
-class Architecture(NamedTuple):
-    """Residual blocks a stage, and whether they are bottleneck blocks (expansion 4)."""
-
-    blocks_per_stage: tuple[int, ...]
-    bottleneck: bool
-
-    @property
-    def expansion(self) -> int:
-        return BottleneckBlock.expansion if self.bottleneck else BasicBlock.expansion
+MOST_STAGES, MOST_BLOCKS = 8, 100
+"""ResNet-152 has 4 and 50; each stage halves the image, and each block takes time to compile."""
 
 
 class StemShape(NamedTuple):
@@ -45,68 +34,11 @@ class StemShape(NamedTuple):
     stride: int
 
 
-ARCHITECTURES = {
-    "resnet18": Architecture((2, 2, 2, 2), bottleneck=False),
-    "resnet34": Architecture((3, 4, 6, 3), bottleneck=False),
-    "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
-    "resnet101": Architecture((3, 4, 23, 3), bottleneck=True),
-    "resnet152": Architecture((3, 8, 36, 3), bottleneck=True),
-}
-
 STEMS = {
     "3x3s1": StemShape(3, 1),
     "3x3s2": StemShape(3, 2),
     "7x7s2": StemShape(7, 2),
 }
-
-
-def fan_in_uniform(key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for an HWIO kernel, PyTorch's default."""
-    bound = math.prod(shape[:-1]) ** -0.5
-    return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
-
-
-def standardize(kernel_HWIO: jax.Array, epsilon: float = 1e-5) -> jax.Array:
-    """Zero mean and unit sample deviation (ddof 1) per output channel, over (H, W, in)."""
-    centred = kernel_HWIO - kernel_HWIO.mean(axis=(0, 1, 2), keepdims=True)
-    deviation = jnp.std(kernel_HWIO, axis=(0, 1, 2), ddof=1, keepdims=True)
-    return centred / (deviation + epsilon)
-
-
-class StandardizedConv(nn.Module):
-    """Weight-standardised convolution without bias, padding k // 2.
-
-    Attributes: features: output channels; kernel_size: k, odd; stride: 1 or 2; dtype: of the
-    computation (the kernel is float32 and is standardised in float32).
-    """
-
-    features: int
-    kernel_size: int = 3
-    stride: int = 1
-    dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        shape = (self.kernel_size, self.kernel_size, x_BHWC.shape[-1], self.features)
-        kernel = self.param("kernel", fan_in_uniform, shape)
-        return conv(x_BHWC, standardize(kernel).astype(self.dtype), self.stride)
-
-
-def group_norm(x_BHWC: jax.Array, name: str) -> jax.Array:
-    """GroupNorm with 4 channels a group, computed in float32, given back in the dtype of x.
-
-    The variance is that of the centred values. mean(x^2) - mean(x)^2 is a third faster on a CPU,
-    but its rounding doubles the distance to the parity tests' float64 trajectories.
-    """
-    norm = nn.GroupNorm(
-        num_groups=None,
-        group_size=CHANNELS_PER_GROUP,
-        use_fast_variance=False,
-        epsilon=1e-5,
-        dtype=jnp.float32,
-        name=name,
-    )
-    return norm(x_BHWC.astype(jnp.float32)).astype(x_BHWC.dtype)
 
 
 class Stem(nn.Module):
@@ -173,28 +105,58 @@ class BottleneckBlock(_Residual):
         return self.add_shortcut(x_BHWC, y)
 
 
-def resnet_units(
-    *,
-    blocks_per_stage: Sequence[int],
-    bottleneck: bool,
-    width: int,
-    stem: StemShape,
-    dtype: DTypeLike = jnp.float32,
-) -> tuple[Unit, ...]:
-    """The backbone as unit constructors, in order.
+def resnet(
+    blocks_per_stage: tuple[int, ...], block: type[BasicBlock | BottleneckBlock]
+) -> Backbone:
+    """A row of the table of backbones.
 
     Args:
-      blocks_per_stage: residual blocks of each stage; stage s has width * 2**s channels and starts
-        with stride 2 (the first with 1).
-      bottleneck: bottleneck blocks instead of basic ones.
-      width: channels of the stem, a multiple of 4.
-      stem: kernel size and stride of the stem.
-      dtype: of the computation; parameters are float32.
+      blocks_per_stage: residual blocks of each stage where the config sets none.
+      block: the class of all residual blocks.
     """
-    block = BottleneckBlock if bottleneck else BasicBlock
-    units: list[Unit] = [partial(Stem, width, stem.kernel_size, stem.stride, dtype)]
-    for stage, blocks in enumerate(blocks_per_stage):
+    return Backbone(
+        units=partial(_units, block),
+        defaults=partial(_defaults, blocks_per_stage),
+        check=partial(_check, block.expansion),
+        expansion=block.expansion,
+    )
+
+
+def _units(block: type[BasicBlock | BottleneckBlock], network: Network) -> tuple[Unit, ...]:
+    """The stem and the blocks; `width` is a multiple of 4.
+
+    Stage s has width * 2**s channels and starts with stride 2, the first stage with stride 1.
+    """
+    assert network.stem is not None and network.blocks_per_stage is not None
+    dtype, stem = jnp.dtype(network.compute_dtype), STEMS[network.stem]
+    units: list[Unit] = [Stem(network.width, stem.kernel_size, stem.stride, dtype)]
+    for stage, blocks in enumerate(network.blocks_per_stage):
         for index in range(blocks):
             stride = 2 if stage > 0 and index == 0 else 1
-            units.append(partial(block, width * 2**stage, stride, dtype))
+            units.append(block(network.width * 2**stage, stride, dtype))
     return tuple(units)
+
+
+def _defaults(blocks_per_stage: tuple[int, ...], image_size: int) -> Mapping[str, Any]:
+    return {"blocks_per_stage": blocks_per_stage, "stem": _default_stem(image_size)}
+
+
+def _default_stem(image_size: int) -> str:
+    if image_size >= 128:
+        return "7x7s2"
+    return "3x3s2" if image_size == 64 else "3x3s1"
+
+
+def _check(expansion: int, network: Network) -> None:
+    """Raises: NetworkError: widths that GroupNorm does not allow, or an absurdly large network."""
+    assert network.blocks_per_stage is not None
+    width, blocks = network.width, network.blocks_per_stage
+    if width % CHANNELS_PER_GROUP:
+        raise NetworkError("width", f"a multiple of {CHANNELS_PER_GROUP} is needed")
+    if len(blocks) > MOST_STAGES or sum(blocks) > MOST_BLOCKS:
+        allowed = f"at most {MOST_STAGES} stages with {MOST_BLOCKS} blocks in all are needed"
+        raise NetworkError("blocks_per_stage", allowed)
+    growth = 2 ** (len(blocks) - 1) * expansion
+    if width * growth > MOST_CHANNELS:
+        allowed = f"the last stage is {growth} times as wide: 4 to {MOST_CHANNELS // growth}"
+        raise NetworkError("width", allowed)

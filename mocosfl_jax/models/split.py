@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from mocosfl_jax.models.bottleneck import BottleneckDecoder, BottleneckEncoder, BottleneckShape
+from mocosfl_jax.models.backbones import BACKBONES, latent_shape, units_of
+from mocosfl_jax.models.bottleneck import BottleneckShape
+from mocosfl_jax.models.client_net import ClientNet
+from mocosfl_jax.models.contract import Network
 from mocosfl_jax.models.heads import HEADS, Head
-from mocosfl_jax.models.resnet import ARCHITECTURES, STEMS, Unit, resnet_units
+from mocosfl_jax.models.server_net import ServerNet
 
 Params = Any
 """Pytree of float32 arrays."""
@@ -30,51 +31,6 @@ class Encoded(NamedTuple):
 
     features: jax.Array
     embedding: jax.Array
-
-
-class ClientNet(nn.Module):
-    """Units before the cut, and the client half of the bottleneck."""
-
-    units: tuple[Unit, ...]
-    bottleneck: BottleneckShape | None
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, images_BHWC: jax.Array) -> jax.Array:
-        """Latents (B, h, w, c) of normalised images (B, H, W, 3)."""
-        x = images_BHWC
-        for index, unit in enumerate(self.units):
-            x = unit(name=f"unit{index}")(x)
-        if self.bottleneck is not None:
-            x = BottleneckEncoder(self.bottleneck, self.dtype, name="bottleneck")(x)
-        return x
-
-
-class ServerNet(nn.Module):
-    """Server half of the bottleneck, units from the cut on, global average pooling.
-
-    Attributes: units: those after the cut; cut: index of the first of them; bottleneck: its shape;
-    latent_channels: channels at the cut before the bottleneck.
-    """
-
-    units: tuple[Unit, ...]
-    cut: int
-    bottleneck: BottleneckShape | None
-    latent_channels: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, latents_RHWC: jax.Array) -> jax.Array:
-        """Pooled features (R, F), float32."""
-        x = latents_RHWC
-        if self.bottleneck is not None:
-            decoder = BottleneckDecoder(
-                self.bottleneck, self.latent_channels, self.dtype, name="bottleneck"
-            )
-            x = decoder(x)
-        for index, unit in enumerate(self.units):
-            x = unit(name=f"unit{self.cut + index}")(x)
-        return x.astype(jnp.float32).mean(axis=(1, 2))
 
 
 @dataclass(frozen=True)
@@ -138,44 +94,36 @@ class SplitModel:
 def build_model(
     *,
     backbone: str,
-    blocks_per_stage: tuple[int, ...],
     width: int,
-    stem: str,
     cut: int,
     bottleneck: BottleneckShape | None,
     head: str,
     head_width: int,
     image_size: int,
+    blocks_per_stage: tuple[int, ...] | None = None,
+    stem: str | None = None,
     compute_dtype: str = "float32",
     row_axes: tuple[str, ...] = (),
 ) -> SplitModel:
     """The split network of a resolved config (see `mocosfl_jax.config` for the fields).
 
+    Models of equal arguments are equal, so a function that is compiled for one serves the other.
+
     Args:
       bottleneck: parsed shape, or None.
-      image_size: side of the square input.
+      image_size: side of the square input, in pixels.
+      blocks_per_stage, stem: None: the backbone's own, or it does not read them.
       row_axes: mesh axes over which server rows are spread, none without a mesh.
     """
+    network = Network(backbone, width, blocks_per_stage, stem, compute_dtype)
     dtype = jnp.dtype(compute_dtype)
-    architecture = ARCHITECTURES[backbone]
-    units = resnet_units(
-        blocks_per_stage=blocks_per_stage,
-        bottleneck=architecture.bottleneck,
-        width=width,
-        stem=STEMS[stem],
-        dtype=dtype,
-    )
-    shape = HEADS[head]
-    hidden = head_width * shape.hidden * (architecture.expansion if shape.expands else 1)
+    units = units_of(network, image_size)
+    *_, channels = latent_shape(network, image_size, cut)
+    shape, expansion = HEADS[head], BACKBONES[backbone].expansion
+    hidden = head_width * shape.hidden * (expansion if shape.expands else 1)
     return SplitModel(
         client=ClientNet(units[:cut], bottleneck, dtype),
-        server=ServerNet(units[cut:], cut, bottleneck, _channels(units, cut), dtype),
+        server=ServerNet(units[cut:], cut, bottleneck, channels, dtype),
         head=Head(head_width, hidden, shape.batch_norm, dtype, row_axes),
         image_size=image_size,
     )
-
-
-def _channels(units: tuple[Unit, ...], cut: int) -> int:
-    """Channels of the map after `cut` units."""
-    last = units[cut - 1]()
-    return last.features * getattr(last, "expansion", 1)

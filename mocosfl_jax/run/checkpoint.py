@@ -21,9 +21,14 @@ import orbax.checkpoint as ocp
 import xxhash
 from jax.experimental import multihost_utils
 
-from mocosfl_jax.config.fields import EXECUTION_FIELDS, Config, config_from_json, differences
+from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.recipe import FormerLayout, find_recipe
+from mocosfl_jax.config.stored import config_from_json, differences, run_values, to_json
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.storage import StorageError, reason
+
+LAYOUT = 2
+"""Of the state in a checkpoint; those of version 0.1 do not say theirs (`Recipe.former`)."""
 
 
 @dataclasses.dataclass
@@ -62,18 +67,17 @@ class Identity:
     data may change, this may not.
     """
 
-    config: Config
+    config: Resolved
     data: str
 
     def to_json(self) -> dict[str, Any]:
-        return {"config": dataclasses.asdict(self.config), "data": self.data}
+        return {"config": to_json(self.config), "data": self.data}
 
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that stand for the run, wherever its data lie."""
-        aside = EXECUTION_FIELDS | {"dataset"}
-        fields = dataclasses.asdict(self.config)
-        return data_digest({**{n: v for n, v in fields.items() if n not in aside}, "": self.data})
+        values = {n: v for n, v in run_values(self.config).items() if n != "dataset"}
+        return data_digest({**values, "": self.data})
 
     def refusal(self, stored: dict[str, Any]) -> str | None:
         """Why a checkpoint with this stored identity is another run's; None if it is not."""
@@ -189,7 +193,10 @@ def find_newest(
         if refusal is None:
             refusal = _damage(read, step)
         if refusal is None:
-            return Found(Restored(step, read.state, Clock.from_json(read.clock)), bad)
+            state = read.state
+            if read.former is not None:
+                state = read.former.from_former(state, abstract_state)
+            return Found(Restored(step, state, Clock.from_json(read.clock)), bad)
         bad[step] = refusal
     return Found(None, bad)
 
@@ -217,9 +224,14 @@ class _UnusableError(Exception):
 
 
 class _Read(NamedTuple):
-    """What lies in a checkpoint. seal: None in one of version 0.1.0, which wrote none."""
+    """What lies in a checkpoint.
+
+    state: as it is stored. former: the layout of a version before this one, else None. seal: None
+    in a checkpoint of version 0.1.0, which wrote none.
+    """
 
     state: Any
+    former: FormerLayout | None
     clock: dict[str, Any]
     seal: dict[str, Any] | None
 
@@ -253,8 +265,13 @@ def _read(path: Path, abstract_state: Any, identity: Identity) -> _Read:
         seal = found.seal if "seal" in small else None
         if seal is not None and (refusal := identity.refusal(seal)):
             raise _UnusableError(refusal)
-        state_args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        return _Read(checkpointer.restore(path, state_args).state, found.clock, seal)
+        former = None
+        if seal is None or "layout" not in seal:
+            former = find_recipe(identity.config.method).former
+        shapes = abstract_state if former is None else former.to_former(abstract_state)
+        state_args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+        state = checkpointer.restore(path, state_args).state
+        return _Read(state, former, found.clock, seal)
 
 
 @contextlib.contextmanager
@@ -332,7 +349,7 @@ class Checkpoints:
             self._manager.close()
 
     def _start(self, step: int, state: Any, clock: dict[str, Any]) -> None:
-        seal = {"digest": digest(state, clock), **self._identity.to_json()}
+        seal = {"layout": LAYOUT, "digest": digest(state, clock), **self._identity.to_json()}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             clock=ocp.args.JsonSave(clock),

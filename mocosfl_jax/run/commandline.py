@@ -1,4 +1,4 @@
-"""What the command lines of a run and of a sweep have in common."""
+"""The flags of a run's command line, and how command lines of runs and sweeps are read."""
 
 import itertools
 import re
@@ -8,10 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
 from mocosfl_jax.errors import InputError
+
+
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The flags of a run.
+
+    Args: argv: command line, the program first; a field of the config file becomes a flag where the
+      command line overrides it.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file.", flag_values=values, sys_argv=argv
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    define_common_flags(values)
+    return values
+
+
+def define_common_flags(values: flags.FlagValues) -> None:
+    """Those that are read before the config file is loaded."""
+    flags.DEFINE_bool("multihost", False, "Join the processes of the cluster.", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "Processes of the run.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Of this process, from 0.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "Print what would run, and stop.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
 
 
 def parse(values: flags.FlagValues, argv: list[str], config_name: str = "--config") -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Resolved
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.evaluation.protocols import (
     EvaluationData,
@@ -27,7 +27,7 @@ class Evaluator:
 
     def __init__(
         self,
-        config: Config,
+        config: Resolved,
         placement: Placement,
         model: SplitModel,
         dataset: Dataset,

@@ -6,9 +6,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Resolved
 from mocosfl_jax.data.cohort import CohortSampler, round_batches
 from mocosfl_jax.data.partition import ClientImages
+from mocosfl_jax.federated.state import PADDING
 
 Item = TypeVar("Item")
 Placed = TypeVar("Placed")
@@ -18,8 +19,8 @@ class Dispatch(NamedTuple):
     """Steps [step, step + S) of a run; NumPy arrays over the slots C', of which the first C have a
     client and the rest are padding.
 
-    cohort: (C',) int32 client ids, N for padding. image_ids: (S, C', B) int32. mask: (S, C', B)
-    bool, False for padding. sync_now: (S,) bool. sync_weight: (C',) float32, 0 for padding.
+    cohort: (C',) int32 client ids, `PADDING` for padding. image_ids: (S, C', B) int32. mask:
+    (S, C', B) bool, False for padding. sync: (S,) bool. weight: (C',) float32, 0 for padding.
     begins_round, ends_round: whether it is the first or the last dispatch of round `round`.
     """
 
@@ -28,14 +29,14 @@ class Dispatch(NamedTuple):
     cohort: np.ndarray
     image_ids: np.ndarray
     mask: np.ndarray
-    sync_now: np.ndarray
-    sync_weight: np.ndarray
+    sync: np.ndarray
+    weight: np.ndarray
     begins_round: bool
     ends_round: bool
 
 
 def dispatches(
-    config: Config, partition: ClientImages, sampler: CohortSampler, slots: int, start_step: int
+    config: Resolved, partition: ClientImages, sampler: CohortSampler, slots: int, start_step: int
 ) -> Iterator[Dispatch]:
     """All dispatches from a step on; a function of the config and the step alone.
 
@@ -59,7 +60,7 @@ def dispatches(
         image_ids = np.pad(image_ids, [(0, 0), *padding, (0, 0)])
         mask = np.pad(mask, [(0, 0), *padding, (0, 0)])
         weight = partition.sizes[drawn] if config.sync_weights == "size" else np.ones(len(drawn))
-        cohort = np.pad(drawn, padding, constant_values=config.num_clients)
+        cohort = np.pad(drawn, padding, constant_values=PADDING)
         for start in range(offset, config.steps_per_round, size):
             steps = slice(start, min(start + size, config.steps_per_round))
             yield Dispatch(
@@ -68,8 +69,8 @@ def dispatches(
                 cohort=cohort,
                 image_ids=image_ids[steps],
                 mask=mask[steps],
-                sync_now=sync_steps[steps],
-                sync_weight=np.pad(weight, padding).astype(np.float32),
+                sync=sync_steps[steps],
+                weight=np.pad(weight, padding).astype(np.float32),
                 begins_round=start == 0,
                 ends_round=steps.stop == config.steps_per_round,
             )

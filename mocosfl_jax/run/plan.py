@@ -9,16 +9,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mocosfl_jax.config import Config
-from mocosfl_jax.config.build import initial_state, program_of
+from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.network import model_of
+from mocosfl_jax.config.recipe import find_recipe
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.knn import CHUNK
 from mocosfl_jax.evaluation.raw_pixels import BLOCK, SIDE
-from mocosfl_jax.federated.dispatch import Program
-from mocosfl_jax.methods.mocosfl.client import client_forward
-from mocosfl_jax.methods.mocosfl.server import contrast
+from mocosfl_jax.federated.contract import Method
+from mocosfl_jax.federated.state import TrainState, create_state
 from mocosfl_jax.models.split import Params, SplitModel, Variables
+from mocosfl_jax.run.program import program_of
 
 PROCESS = 270_000_000
 """Resident size of Python with JAX, Flax, Orbax and TFDS imported and the CPU backend started:
@@ -91,9 +92,8 @@ class Plan:
 
     client_params, server_params: numbers of parameters, the head with the server.
     bytes_up_per_client_round, bytes_down_per_client_round: what a participant sends and receives in
-      a round of `steps_per_round` full batches: latents of both views; the gradient of its query
-      latents; at each sync its model up and the average down. Frozen clients exchange latents only.
-    state_bytes: the train state. activation_bytes: what the backward pass of one step keeps.
+      a round of `steps_per_round` full batches (`Method.traffic`).
+    state_bytes: the training state. step_bytes: what exists beside it within a step.
     """
 
     client_params: int
@@ -101,31 +101,32 @@ class Plan:
     bytes_up_per_client_round: int
     bytes_down_per_client_round: int
     state_bytes: int
-    activation_bytes: int
+    step_bytes: int
 
 
-def plan(config: Config) -> Plan:
+def plan(config: Resolved) -> Plan:
     """Nothing is computed or compiled: shapes only."""
-    program = program_of(config)
-    state = jax.eval_shape(lambda: initial_state(config, program.method))
-    client, server = state.population.params, state.server.params
-    latents = jax.eval_shape(program.method.model.latents, client, _images(config))
-    latent_bytes = _bytes(latents) * (2 if config.loss == "client" else 1)
-    frozen = config.client_learning_rate == 0
-    models = 2 if config.align_momentum else 1
-    sync_bytes = 0 if frozen else config.syncs_per_round * models * _bytes(client)
-    gradient_bytes = 0 if frozen else latent_bytes
+    method = program_of(config).method
+    state = _state_shapes(config, method)
+    network = jax.eval_shape(lambda: method.network(state.server, None))
+    traffic = method.traffic(_images(config))
+    times = {"step": config.steps_per_round, "sync": sum(config.sync_steps)}
+
+    def bytes_a_round(up: bool) -> int:
+        return sum(times[m.when] * _bytes(m.content) for m in traffic if m.up == up)
+
+    slots = config.cohort_size // method.chunks
     return Plan(
-        client_params=_count(client),
-        server_params=_count(server),
-        bytes_up_per_client_round=config.steps_per_round * 2 * latent_bytes + sync_bytes,
-        bytes_down_per_client_round=config.steps_per_round * gradient_bytes + sync_bytes,
+        client_params=_count(network.client),
+        server_params=_count(network.server),
+        bytes_up_per_client_round=bytes_a_round(up=True),
+        bytes_down_per_client_round=bytes_a_round(up=False),
         state_bytes=_bytes(state),
-        activation_bytes=_activation_bytes(config, program, state),
+        step_bytes=_bytes(method.working_set(_images(config), slots)),
     )
 
 
-def estimate_memory(config: Config, info: DatasetInfo, sizes: Plan) -> Memory:
+def estimate_memory(config: Resolved, info: DatasetInfo, sizes: Plan) -> Memory:
     """The memory of a run on one device, from shapes; nothing is computed or compiled.
 
     Args:
@@ -133,7 +134,7 @@ def estimate_memory(config: Config, info: DatasetInfo, sizes: Plan) -> Memory:
       info: of its data set.
       sizes: `plan(config)`.
     """
-    model = program_of(config).method.model
+    model = model_of(config)
     variables = jax.eval_shape(model.init, jax.random.key(0))
     pixels = 3 * info.image_size**2
     rows_a_dispatch = config.steps_per_dispatch * config.cohort_size * config.batch_size
@@ -146,37 +147,42 @@ def estimate_memory(config: Config, info: DatasetInfo, sizes: Plan) -> Memory:
         state=sizes.state_bytes,
         saved_copy=sizes.state_bytes,
         inputs=2 * rows_a_dispatch * pixels,
-        step=_step_bytes(config, sizes, variables),
+        step=sizes.step_bytes + 2 * config.cohort_size * _bytes(_images(config)),
         encoded=encoded,
         evaluation=evaluation,
     )
 
 
-def check_fits(config: Config, state_bytes: dict[str, int], memory_bytes: int) -> None:
+def check_fits(config: Resolved, state_bytes: dict[str, int], memory_bytes: int) -> None:
     """Raises: InputError: the state and its copy at a save exceed the device's memory.
 
-    Args: state_bytes: of each part of the state on one device.
+    Args: state_bytes: on one device, of each part of the state (`Rounds.bytes_a_device`).
     """
     needed = 2 * sum(state_bytes.values())
     if needed <= memory_bytes:
         return
     part = max(state_bytes, key=lambda name: state_bytes[name])
-    field, hint = {
-        "population": ("client_state", "stateless clients (with align_momentum) keep nothing"),
-        "queue": ("queue_length", "a shorter queue"),
-        "cohort": ("cohort_size", "a smaller cohort or more devices"),
-        "server": ("server_shards", "more shards or a smaller network"),
-    }[part]
+    hints = {**_HINTS, **find_recipe(config.method).memory_hints}
+    field, hint = hints.get(part) or hints[part.partition(".")[0]]
+    name = part.rpartition(".")[2]
     raise InputError(
         f"config.{field}",
         getattr(config, field),
-        f"the state and its copy at a save take {needed / 1e9:.1f} GB, the {part} alone"
+        f"the state and its copy at a save take {needed / 1e9:.1f} GB, the {name} alone"
         f" {2 * state_bytes[part] / 1e9:.1f} GB, and a device has {memory_bytes / 1e9:.1f} GB:"
         f" {hint}",
     )
 
 
-def check_clients_fit(config: Config, memory_bytes: int) -> None:
+_HINTS = {
+    "population": ("num_clients", "fewer clients or more devices"),
+    "cohort": ("cohort_size", "a smaller cohort or more devices"),
+    "server": ("server_shards", "more shards or a smaller network"),
+}
+"""Which field to change where a part of the state is too large, and how."""
+
+
+def check_clients_fit(config: Resolved, memory_bytes: int) -> None:
     """Raises: InputError: the host could not hold the ids and sizes of all clients.
 
     Args: memory_bytes: main memory.
@@ -191,71 +197,20 @@ def check_clients_fit(config: Config, memory_bytes: int) -> None:
         )
 
 
-def _images(config: Config) -> jax.ShapeDtypeStruct:
+def _images(config: Resolved) -> jax.ShapeDtypeStruct:
     shape = (config.batch_size, config.image_size, config.image_size, 3)
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _activation_bytes(config: Config, program: Program, state: Any) -> int:
-    """Residuals that differentiation keeps between the forward and the backward pass."""
-    method, images = program.method, _images(config)
-    both_views = config.loss == "client"
-    model = state.population.params
-
-    def client(params, images):
-        forward = client_forward(
-            method.model,
-            params,
-            params,
-            images,
-            images,
-            ema=method.ema,
-            both_views=both_views,
-            frozen=method.frozen_clients,
-        )
-        return forward.query, forward.backward
-
-    latents, residuals = jax.eval_shape(client, model, images)
-    rows = config.cohort_size * latents.shape[0]
-    latents_R = jax.ShapeDtypeStruct((rows, *latents.shape[1:]), latents.dtype)
-    views = 2 if config.loss == "server" else 1
-    embedding = jax.ShapeDtypeStruct((rows, config.head_width), jnp.float32)
-
-    def server(params, latents_R, embedding, queue_GKD):
-        def loss(params):
-            return contrast(
-                method.model,
-                params,
-                state_stats,
-                (latents_R,) * views,
-                (embedding,) * views,
-                queue_GKD,
-                jnp.ones(rows, bool),
-                method.temperature,
-            ).loss
-
-        state_stats = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.server.stats)
-        return jax.vjp(loss, params)[1]
-
-    queues = jax.eval_shape(lambda s: s.queue_groups(s.cohort), state)
-    kept = jax.eval_shape(server, state.server.params, latents_R, embedding, queues)
-    return (config.cohort_size * _bytes(residuals) + _bytes(kept)) // method.cohort_chunks
-
-
-def _step_bytes(config: Config, sizes: Plan, variables: Variables) -> int:
-    """Activations, both views, the gradients, and the server's new models beside the old ones.
-
-    Parts of a cohort add up their gradients: the server's exists twice.
-    """
-    server_gradients = 2 if program_of(config).method.cohort_chunks > 1 else 1
-    views = 2 * config.cohort_size * _bytes(_images(config))
-    client_gradients = config.cohort_size * _bytes(variables.client)
-    server = (server_gradients + 2) * _bytes(variables.server)
-    return sizes.activation_bytes + views + client_gradients + server
+def _state_shapes(config: Resolved, method: Method) -> TrainState:
+    key = jax.random.key(0)
+    return jax.eval_shape(
+        lambda: create_state(method, key, key, config.num_clients, config.cohort_size)
+    )
 
 
 def _evaluation_bytes(
-    config: Config, info: DatasetInfo, model: SplitModel, variables: Variables
+    config: Resolved, info: DatasetInfo, model: SplitModel, variables: Variables
 ) -> tuple[int, int]:
     """Bytes of the encoded splits on the host, and of the largest piece of an evaluation."""
     train, total = info.num_train, info.num_train + info.num_test
@@ -276,7 +231,7 @@ def _evaluation_bytes(
     return (total + train) * (features + embedding), max(pieces.values())
 
 
-def _largest_map(model: SplitModel, variables: Variables, config: Config) -> int:
+def _largest_map(model: SplitModel, variables: Variables, config: Resolved) -> int:
     """Bytes of the largest output of a layer, for one image."""
 
     def outputs(net: nn.Module, params: Params, x: Any) -> tuple[Any, Any]:

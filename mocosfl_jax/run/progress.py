@@ -5,7 +5,7 @@ import time
 
 from tqdm import tqdm
 
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Resolved
 
 SECONDS_BETWEEN_LINES = 20.0
 
@@ -13,7 +13,7 @@ SECONDS_BETWEEN_LINES = 20.0
 class Progress:
     """A bar with images/s and time left on a terminal, else a line now and then; on stdout."""
 
-    def __init__(self, config: Config, speaks: bool):
+    def __init__(self, config: Resolved, speaks: bool):
         """speaks: whether this process is the one that prints."""
         self._speaks = speaks
         self._total = config.total_steps
@@ -35,19 +35,19 @@ class Progress:
         if self._wanted and sys.stdout.isatty():
             self._bar = tqdm(total=self._total, initial=step, unit="step", file=sys.stdout)
 
-    def advance(self, steps: int, loss: float, images_per_second: float) -> None:
-        """So many more steps are done; loss of the last one."""
+    def advance(self, steps: int, loss: float | None, images_per_second: float) -> None:
+        """So many more steps are done; loss of the last one, None if the method has none."""
         self._step += steps
         now = time.monotonic()
+        numbers = f"{images_per_second:.0f} images/s"
+        if loss is not None:
+            numbers = f"loss {loss:.3f}, {numbers}"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {images_per_second:.0f} images/s", False)
+            self._bar.set_postfix_str(numbers, False)
             self._bar.update(steps)
         elif self._wanted and now - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self.say(
-                f"step {self._step} of {self._total}: loss {loss:.3f}, "
-                f"{images_per_second:.0f} images/s{self._time_left(now)}"
-            )
+            self.say(f"step {self._step} of {self._total}: {numbers}{self._time_left(now)}")
         self._first = self._first or (self._step, now)
 
     def _time_left(self, now: float) -> str:

@@ -1,5 +1,6 @@
 """Logs, clocks and checks dispatches, one behind the device so that it never idles."""
 
+import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from mocosfl_jax.federated.contract import Metric
 from mocosfl_jax.federated.dispatch import DispatchOutput
 from mocosfl_jax.run.checkpoint import Clock
 from mocosfl_jax.run.feed import Dispatch
@@ -62,21 +64,25 @@ class Recorder:
         (dispatch, output, ready), self._pending = self._pending, None
         self._lap, started = ready.result(), self._lap
         seconds = self._lap - started
-        loss, accuracy, rate = map(np.asarray, (output.loss, output.accuracy, output.learning_rate))
-        check_finite(dispatch.step, loss, bool(output.finite))
+        metrics = {name: _divided(metric) for name, metric in output.metrics.items()}
+        rates = np.asarray(output.learning_rate)
+        check_finite(dispatch.step, metrics)
+        if not output.finite:
+            last = dispatch.step + len(rates)
+            raise NonFiniteError(f"a parameter is not finite after step {last}")
         images = int(dispatch.mask.sum())
         self._clock.train_seconds += seconds
         self._clock.trained_images += images
-        for index in range(len(loss)):
+        for index, rate in enumerate(rates):
             self._metrics.add(
                 dispatch.step + index + 1,
                 round=dispatch.round,
-                loss=float(loss[index]),
-                accuracy=float(accuracy[index]),
-                learning_rate=float(rate[index]),
+                **{name: values[index] for name, values in metrics.items() if index in values},
+                learning_rate=float(rate),
                 images_per_second=images / seconds,
             )
-        self._progress.advance(len(loss), float(loss[-1]), images / seconds)
+        last_loss = metrics.get("loss", {}).get(len(rates) - 1)
+        self._progress.advance(len(rates), last_loss, images / seconds)
 
     def close(self) -> None:
         self._watch.shutdown()
@@ -87,10 +93,15 @@ def _when_ready(output: DispatchOutput) -> float:
     return time.monotonic()
 
 
-def check_finite(first_step: int, loss: np.ndarray, finite: bool) -> None:
-    """Raises: NonFiniteError: a loss, or a parameter after the last step, is not finite."""
-    bad = np.flatnonzero(~np.isfinite(loss))
-    if bad.size:
-        raise NonFiniteError(f"the loss of step {first_step + int(bad[0]) + 1} is {loss[bad[0]]}")
-    if not finite:
-        raise NonFiniteError(f"a parameter is not finite after step {first_step + len(loss)}")
+def _divided(metric: Metric) -> dict[int, float]:
+    """The metric of each step of a dispatch, by its index; without those that have no weight."""
+    total, weight = np.asarray(metric.total), np.asarray(metric.weight)
+    return {index: float(total[index] / weight[index]) for index in np.flatnonzero(weight).tolist()}
+
+
+def check_finite(first_step: int, metrics: dict[str, dict[int, float]]) -> None:
+    """Raises: NonFiniteError: a metric is not finite."""
+    for name, values in metrics.items():
+        for index, value in values.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"the {name} of step {first_step + index + 1} is {value}")

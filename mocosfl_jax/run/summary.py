@@ -7,9 +7,10 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Resolved
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.evaluation.numbers import NUMBERS, TOP1, Number
 from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.machine import peak_memory_bytes, versions
 from mocosfl_jax.run.checkpoint import Clock
@@ -20,7 +21,7 @@ Summary = dict[str, Any]
 
 
 def summarize(
-    config: Config,
+    config: Resolved,
     run: str,
     clock: Clock,
     results: dict[str, float | None],
@@ -28,12 +29,19 @@ def summarize(
     placement: Placement,
     gaps: list[list[int]],
 ) -> Summary:
-    """Accuracies in percent, sizes in bytes.
+    """The summary of a finished run; `NUMBERS` has the units of its numbers.
 
-    images_per_second counts images, without the padding of clients that have fewer than a batch;
-    `padding_counted` is False for that, and is missing where version 0.1.0 counted padding too.
+    images_per_second leaves out the padding of clients that have fewer images than a batch;
+    `padding_counted` then is False. Version 0.1.0 counted padding and did not write the field.
 
-    Args: run: `Identity.digest`. gaps: first and last of the steps that metrics.jsonl lacks.
+    Args:
+      config: of the run.
+      run: `Identity.digest`.
+      clock: what the whole run took, restarts included.
+      results: accuracies by their name in `NUMBERS`; None where a protocol was skipped.
+      dataset: its number of test images is reported.
+      placement: its number of devices is reported.
+      gaps: first and last step of each range that metrics.jsonl lacks.
     """
     sizes = plan(config)
     pace = clock.trained_images / clock.train_seconds if clock.train_seconds else None
@@ -65,42 +73,48 @@ def summarize(
 
 
 def read_summary(path: Path) -> Summary:
-    """Raises: InputError: a file that is no summary of a run."""
+    """The summary of a finished run.
+
+    Raises: InputError: the file is not the summary of a run.
+    """
     summary = read_json(path)
-    for name in ("steps", "wall_seconds", "test_images"):
-        if not isinstance(summary.get(name), int | float):
+    for name, number in NUMBERS.items():
+        value = summary.get(name)
+        if number.required and not isinstance(value, int | float):
             allowed = "the summary of a run is needed; move it away to have it made again"
-            raise InputError(str(path), f"{name} {summary.get(name)!r}", allowed)
-    for name in (*_ROWS, "images_per_second"):
-        if not isinstance(summary.get(name), int | float | None):
-            raise InputError(str(path), f"{name} {summary[name]!r}", "a number is needed")
+            raise InputError(str(path), f"{name} {value!r}", allowed)
+        if not isinstance(value, int | float | None):
+            raise InputError(str(path), f"{name} {value!r}", "a number is needed")
     return summary
 
 
 def standard_error(top1: float, images: int) -> float:
-    """Of an accuracy, both in percent: that of a binomial proportion over so many test images."""
+    """Standard error of an accuracy, both in percent, as a binomial proportion of the test images.
+
+    Args: top1: percent. images: number of test images, at least 1.
+    """
     share = top1 / 100
     return 100 * math.sqrt(share * (1 - share) / images)
 
 
-_ROWS = {
-    "knn_top1_raw_pixels": "kNN of raw pixels, at most 32x32",
-    "knn_top1_at_init": "kNN of the untrained encoder",
-    "knn_top1": "kNN",
-    "linear_top1": "linear probe",
-}
-
-
-def results_table(summary: dict[str, Any]) -> str:
-    """The end of a run in a few lines, the result last."""
+def results_table(summary: Summary) -> str:
+    """The end of a run in a few lines, the most important number last."""
     lines = [f"{summary['steps']} steps in {tqdm.format_interval(summary['wall_seconds'])}"]
     if summary.get("images_per_second"):
         lines[0] += f", {summary['images_per_second']:.0f} images/s"
-    rows = {label: summary[name] for name, label in _ROWS.items() if summary.get(name) is not None}
-    if rows:
-        lines.append(f"top-1 % ± standard error, {summary['test_images']:,} test images:")
-    width = max(map(len, _ROWS.values()))
-    for label, top1 in rows.items():
-        error = standard_error(top1, summary["test_images"])
-        lines.append(f"  {label:<{width}}  {top1:6.2f} ± {error:.2f}")
+    rows = [number for number in reversed(NUMBERS.values()) if number.in_table]
+    width = max(len(number.label) for number in rows)
+    rows = [number for number in rows if summary.get(number.name) is not None]
+    if any(number.is_accuracy for number in rows):
+        lines.append(f"{TOP1} ± standard error, {summary['test_images']:,} test images:")
+    for number in rows:
+        lines.append(f"  {number.label:<{width}}  {_shown(number, summary)}")
     return "\n".join(lines)
+
+
+def _shown(number: Number, summary: Summary) -> str:
+    """A value of the table: an accuracy with its standard error, anything else with its unit."""
+    value = summary[number.name]
+    if number.is_accuracy:
+        return f"{value:6.2f} ± {standard_error(value, summary['test_images']):.2f}"
+    return f"{value:6.2f} {number.unit}".rstrip()

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from mocosfl_jax.config.fields import Config, config_from_json, differences
+from mocosfl_jax.config import Config, Resolved
+from mocosfl_jax.config.stored import config_from_json, differences, to_json
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.data.fingerprint import difference
 from mocosfl_jax.errors import InputError
@@ -54,7 +55,7 @@ class WorkDir:
         self.tensorboard_path = self.path / "tensorboard"
         self._lock = hold(self.path) if primary else None
 
-    def claim(self, config: Config, info: DatasetInfo) -> Config:
+    def claim(self, config: Resolved, info: DatasetInfo) -> Resolved:
         """Checks that the folder is free or holds this very run; changes nothing.
 
         Args: config: resolved, but for mean and std. info: of its data set.
@@ -84,7 +85,7 @@ class WorkDir:
         """
         return read_stored(self.path)
 
-    def record(self, config: Config, info: DatasetInfo) -> None:
+    def record(self, config: Resolved, info: DatasetInfo) -> None:
         """Writes the config, complete, and the data set's fingerprint.
 
         Raises: StorageError.
@@ -93,7 +94,7 @@ class WorkDir:
         if self.primary and now != self.stored:
             names = list(info.class_names) if info.class_names else None
             write_json(self.data_path, {"class_names": names, "fingerprint": info.fingerprint})
-            write_json(self.config_path, dataclasses.asdict(config))
+            write_json(self.config_path, to_json(config))
         self.stored = now
 
     def mark(self) -> None:
@@ -133,7 +134,7 @@ class WorkDir:
         if self._lock is not None:
             self._lock.close()
 
-    def check_same(self, config: Config) -> None:
+    def check_same(self, config: Resolved) -> None:
         """Compares a config with that of the run that lies here, if one does: all but the path of
         the data set, and mean and std where they are unset.
 
@@ -172,7 +173,7 @@ def read_stored(path: Path) -> Stored | None:
     return Stored(config, data)
 
 
-def with_stored_stats(config: Config, stored: Config) -> Config:
+def with_stored_stats(config: Resolved, stored: Config) -> Resolved:
     """Mean and std of a run where the config leaves them unset."""
     return dataclasses.replace(
         config,
@@ -181,7 +182,7 @@ def with_stored_stats(config: Config, stored: Config) -> Config:
     )
 
 
-def check_resumable(workdir: WorkDir, config: Config, lines: Collection[int]) -> None:
+def check_resumable(workdir: WorkDir, config: Resolved, lines: Collection[int]) -> None:
     """Refuses a folder whose checkpoints are gone though it had some.
 
     A run that was killed before its first checkpoint leaves metrics and perhaps an unfinished one,

@@ -4,12 +4,12 @@ Options:
   --config.FIELD=VALUE  overrides a field of the sweep, e.g. --config.seeds=0,1,2,
                         --config.grid.num_clients=10,50 or --config.fixed.epochs=4
   --engine local|slurm  processes on this machine (default), or jobs of a Slurm cluster
-  --jobs N              runs at a time; local: one a GPU, or one; slurm: all
+  --jobs N              runs at a time; default: local: one per GPU, one without GPUs; slurm: all
   --dry_run             checks and lists the runs, and stops
-  --report              writes the report of what is finished, and stops; --config may be left out
+  --report              writes the report of what is finished, and stops; needs no --config
 
 Exit status: 0 all runs are finished; 1 some failed; 2 bad input, one line on stderr; 143 or 130
-stopped by a signal. The same command goes on where a sweep was stopped, and repeats failed runs.
+stopped by a signal. The same command continues a sweep that was stopped, and repeats failed runs.
 """
 
 import os
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.commandline import config_file, parse
 from mocosfl_jax.run.console import unbreakable_output
-from mocosfl_jax.sweep.definition import Run, check, expand
+from mocosfl_jax.sweep.definition import Run, check, counted, expand
 from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
 from mocosfl_jax.sweep.folder import SweepFolder
 from mocosfl_jax.sweep.report import write_report
@@ -30,7 +30,7 @@ from mocosfl_jax.sweep.runner import Board, Tally, carry_out, stop_requests
 
 FAILED, BAD_INPUT = 1, 2
 PROGRAM = (sys.executable, "-m", "mocosfl_jax.main")
-"""What carries out one run."""
+"""Command that carries out one run; its options are added."""
 
 
 def main(argv: list[str], program: Sequence[str] = PROGRAM) -> int:
@@ -45,7 +45,7 @@ def main(argv: list[str], program: Sequence[str] = PROGRAM) -> int:
         runs = expand(values.config)
         if values.dry_run:
             check(runs)
-            print(*runs, f"{len(runs)} run{'s' * (len(runs) > 1)}", sep="\n")
+            print(*runs, counted(len(runs)), sep="\n")
             return 0
         folder = SweepFolder(values.workdir)
         configs = check(runs, [name for name in runs if folder.is_finished(name)])
@@ -89,7 +89,7 @@ def _task(run: Run, folder: SweepFolder, program: Sequence[str]) -> Task:
 
 
 def _engine(values: flags.FlagValues, folder: SweepFolder, lock: int) -> Engine:
-    """Children keep the lock open, so that the folder stays held until the last one has ended."""
+    """Child processes inherit the lock, so the folder stays held until the last of them ends."""
     if values.engine == "slurm":
         return SlurmEngine(folder.slurm_path, values.jobs, values.config.slurm.to_dict())
     return LocalEngine(values.jobs, visible_gpus(), keep_open=(lock,))
@@ -136,7 +136,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
 
 
 def _check_report_fields(sweep: ConfigDict) -> None:
-    """Raises: InputError: a report would not know what to show."""
+    """Raises: InputError: a field that the report needs is unset."""
     for name in ("columns", "metrics"):
         if sweep[name] is None:
             raise InputError(f"config.{name}", None, "a value is needed")

@@ -1,12 +1,12 @@
-"""What a sweep is: the fields of its config, and the runs that follow from them.
+"""The fields of a sweep's config, and the runs that follow from them.
 
 A sweep config (`configs/sweeps/*.py`) starts from `default_sweep()` and changes fields. `expand`
-turns it into runs, each of which has been checked as `mocosfl_jax.main` would check it.
+turns it into runs, and `check` checks each of them as `mocosfl_jax.main` would.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -15,61 +15,56 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from mocosfl_jax.config import Config, check_types, default_config
-from mocosfl_jax.config.build import data_options, deal
-from mocosfl_jax.config.resolve import check_fields
+from mocosfl_jax.config.checks import check_fields
+from mocosfl_jax.config.data import data_options, deal
+from mocosfl_jax.config.stored import flat_fields
 from mocosfl_jax.data.dataset import Prepared
 from mocosfl_jax.data.sources import prepare_dataset
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.main import define_flags
-from mocosfl_jax.run.commandline import parse
+from mocosfl_jax.evaluation.numbers import NUMBERS
+from mocosfl_jax.run.commandline import define_flags, parse
 
 Fields = dict[str, Any]
-"""Values of config fields, by name."""
-
-METRICS = (
-    "steps",
-    "linear_top1",
-    "linear_top1_best_test_epoch",
-    "knn_top1",
-    "knn_top1_at_init",
-    "knn_top1_raw_pixels",
-    "images_per_second",
-    "compile_seconds",
-    "wall_seconds",
-    "peak_memory_bytes",
-    "bytes_up_per_client_round",
-    "bytes_down_per_client_round",
-)
-"""Numbers of summary.json that a report can show."""
+"""Values of config fields by name; a field of a section is named `section.field`."""
 
 
-def default_sweep() -> ConfigDict:
-    """A locked ConfigDict with every field of a sweep; each field of a run is set in one place."""
+def default_sweep(method: str = "mocosfl") -> ConfigDict:
+    """A locked ConfigDict with every field of a sweep; each field of a run is set in one place.
+
+    Args: method: `config.method` of the runs, whose section `fixed` and `grid` then have:
+      `sweep.grid.toy.rate = (0.1, 0.2)`.
+    Raises: InputError: there is no such method.
+    """
+    run = default_config(method)
     sweep = ConfigDict()
     # Config file of every run, as for `mocosfl_jax.main`.
     sweep.base = placeholder(str)
     # Fields that have the same value in every run: `sweep.fixed.epochs = 1`. None: as in the base.
-    sweep.fixed = _fields_of_a_run()
+    sweep.fixed = _map_fields(run, lambda fields, name: placeholder(fields.get_type(name)))
     # Fields that are unset in every run, whatever the base has: `("classes_per_client",)`.
     sweep.unset = ()
     # Fields that vary, and their values: `sweep.grid.num_clients = (10, 100)`. All combinations
     # are run. The value None unsets a field.
-    sweep.grid = ConfigDict({name: placeholder(tuple) for name in sweep.fixed})
-    # Named variants, the fields of each: `{"MocoSFL-1": {"cut": 1}, "MocoSFL-3": {"cut": 2}}`. Each
-    # is run on the whole grid. A field that a variant leaves out has the base's value; one that it
-    # sets to None is unset.
-    sweep.methods = {}
+    sweep.grid = _map_fields(run, lambda fields, name: placeholder(tuple))
+    # Named variants, the fields of each: `{"MocoSFL-1": {"cut": 1}, "MocoSFL-3": {"cut": 2}}`; a
+    # section is a dict in it: `{"fast": {"toy": {"rate": 0.2}}}`. Each variant is run on the whole
+    # grid. A field that a variant leaves out has the base's value; one that it sets to None is
+    # unset.
+    sweep.variants = {}
+    # Former name of `variants`, which is refused.
+    sweep.methods = placeholder(object)
     # Seeds of every cell of the grid.
     sweep.seeds = (0,)
     # Further seeds for some cells: `({"num_clients": (10, 1000), "seeds": (1, 2)},)`. A cell gets
-    # them if its fields have the listed values; `method` is a field here too.
+    # them if its fields have the listed values. `variant` may be listed like a field:
+    # `({"variant": ("MocoSFL-1",), "seeds": (1, 2)},)`.
     sweep.more_seeds = ()
     # Field whose values are the columns of the report and the x axis of its plot.
     sweep.columns = "num_clients"
-    # Numbers of summary.json in the report's table and plot.
+    # Numbers in the report's table and plot, by their name in summary.json.
     sweep.metrics = ("linear_top1", "knn_top1")
-    # What the engine `slurm` asks for, each job: minutes before it is requeued, GPUs, CPUs, memory
-    # in GB; unset: the cluster's defaults.
+    # What the engine `slurm` asks for, for each job: minutes before it is requeued, GPUs, CPUs,
+    # memory in GB. Unset: the cluster's defaults.
     sweep.slurm = {
         "timeout_min": 24 * 60,
         "gpus_per_node": 1,
@@ -79,8 +74,9 @@ def default_sweep() -> ConfigDict:
         "account": placeholder(str),
         "qos": placeholder(str),
     }
+    del sweep.fixed.seed, sweep.grid.seed
     sweep.lock()
-    sweep.methods.unlock()
+    sweep.variants.unlock()
     return sweep
 
 
@@ -89,7 +85,7 @@ class Run:
     """One run of a sweep."""
 
     base: str  # its config file
-    method: str  # name of its variant; "" where the sweep has none
+    variant: str  # name of its variant; "" if the sweep has none
     cell: Fields  # its values of the grid's fields
     seed: int
     overrides: Fields  # all fields that it sets, the seed among them
@@ -97,15 +93,22 @@ class Run:
     @property
     def name(self) -> str:
         """Name of its folder, made from what tells it from the others: `num_clients=50,seed=1`."""
-        cell = [f"{name}={_text(value)}" for name, value in self.cell.items()]
-        parts = [self.method] * bool(self.method) + [*cell, f"seed={self.seed}"]
+        parts = [f"{name}={_text(value)}" for name, value in self.cell.items()]
+        parts.append(f"seed={self.seed}")
+        if self.variant:
+            parts.insert(0, self.variant)
         return quote(",".join(parts), safe=":,=()[]+ ").replace(" ", "_")
 
     @property
     def arguments(self) -> list[str]:
-        """Its command line for `mocosfl_jax.main`, but for the folder."""
+        """Its command line for `mocosfl_jax.main`, without the folder."""
         settings = [f"--config.{name}={_text(value)}" for name, value in self.overrides.items()]
         return ["--config", self.base, *settings]
+
+
+def counted(runs: int) -> str:
+    """`1 run` or `2 runs`."""
+    return "1 run" if runs == 1 else f"{runs} runs"
 
 
 def expand(sweep: ConfigDict) -> dict[str, Run]:
@@ -115,19 +118,19 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
     Raises: InputError: a field that does not exist, is set twice or lacks its value.
     """
     _check_values(sweep)
-    fixed = {name: value for name, value in sweep.fixed.items() if value is not None}
-    grid = {name: values for name, values in sweep.grid.items() if values is not None}
-    methods = sweep.methods.to_dict() or {"": {}}
-    _check_metrics(sweep.metrics)
-    _check_places(fixed, grid, methods)
-    _check_unset(sweep.unset, {"fixed": fixed, "grid": grid, **methods})
+    known = flat_fields(sweep.fixed.to_dict()).keys()
+    fixed = _set_fields(sweep.fixed)
+    grid = _set_fields(sweep.grid)
+    variants = _variants(sweep, known)
+    _check_places(fixed, grid, variants)
+    _check_unset(sweep.unset, known, [("fixed", fixed), ("grid", grid), *variants.items()])
     _check_more_seeds(sweep.more_seeds, grid)
     ranked = []
-    for method, variant in methods.items():
+    for variant, fields in variants.items():
         for cell in _cells(grid):
-            for rank, seed in enumerate(_seeds(sweep, {"method": method, **cell})):
-                overrides = {**dict.fromkeys(sweep.unset), **fixed, **variant, **cell, "seed": seed}
-                ranked.append((rank, Run(sweep.base, method, cell, seed, overrides)))
+            for rank, seed in enumerate(_seeds(sweep, {"variant": variant, **cell})):
+                overrides = {**dict.fromkeys(sweep.unset), **fixed, **fields, **cell, "seed": seed}
+                ranked.append((rank, Run(sweep.base, variant, cell, seed, overrides)))
     if not ranked:
         raise InputError("config.seeds", sweep.seeds, "at least one seed is needed")
     return {run.name: run for _, run in sorted(ranked, key=lambda pair: pair[0])}
@@ -175,29 +178,42 @@ def _load(run: Run) -> ConfigDict:
     return values.config
 
 
-def _check_values(sweep: ConfigDict) -> None:
-    """Each field of the sweep by itself."""
-    if sweep.base is None:
-        raise InputError("config.base", None, "the config file of the runs is needed")
-    for name in ("fixed", "unset", "grid", "methods", "seeds", "more_seeds", "metrics", "slurm"):
-        if sweep[name] is None:
-            raise InputError(f"config.{name}", None, "a value is needed")
-    if sweep.columns not in default_config():
-        raise InputError("config.columns", sweep.columns, "a field of the runs is needed")
-    if len(set(sweep.seeds)) < len(sweep.seeds):
-        raise InputError("config.seeds", sweep.seeds, "each seed once")
+# --------------------------------------------------------------------------------------- fields
 
 
-def _check_metrics(metrics: Iterable[str]) -> None:
-    for name in metrics:
-        if name not in METRICS:
-            raise InputError("config.metrics", name, f"one of {', '.join(METRICS)} is needed")
+def _set_fields(fields: ConfigDict) -> Fields:
+    flat = flat_fields(fields.to_dict())
+    return {name: value for name, value in flat.items() if value is not None}
 
 
-def _fields_of_a_run() -> ConfigDict:
-    """Every field of a run but the seed, typed and unset."""
-    run = default_config()
-    return ConfigDict({name: placeholder(run.get_type(name)) for name in run if name != "seed"})
+def _map_fields(fields: ConfigDict, make: Callable[[ConfigDict, str], Any]) -> ConfigDict:
+    """What `make(holder, name)` gives for each field; sections stay sections."""
+    return ConfigDict(
+        {
+            name: _map_fields(fields[name], make)
+            if isinstance(fields[name], ConfigDict)
+            else make(fields, name)
+            for name in fields
+        }
+    )
+
+
+def _variants(sweep: ConfigDict, known: Collection[str]) -> dict[str, Fields]:
+    """The fields of each variant by its name; one without name or fields if the sweep has none.
+
+    Raises: InputError: a variant that is no dict, or a field that does not exist.
+    """
+    variants = {}
+    for variant, fields in sweep.variants.to_dict().items():
+        where = f"config.variants[{variant!r}]"
+        if not isinstance(fields, dict):
+            raise InputError(where, fields, "fields and their values are needed")
+        variants[variant] = flat_fields(fields)
+        for name, value in variants[variant].items():
+            if name not in known:
+                allowed = "seeds are in config.seeds" if name == "seed" else "no such field"
+                raise InputError(f"{where}.{name}", value, allowed)
+    return variants or {"": {}}
 
 
 def _cells(grid: Fields) -> Iterator[Fields]:
@@ -206,7 +222,7 @@ def _cells(grid: Fields) -> Iterator[Fields]:
 
 
 def _seeds(sweep: ConfigDict, cell: Fields) -> tuple[int, ...]:
-    """The seeds of a cell, whose method is among its fields."""
+    """The seeds of a cell, whose variant is among its fields."""
     seeds = list(sweep.seeds)
     for extra in sweep.more_seeds:
         if all(cell[name] in values for name, values in extra.items() if name != "seeds"):
@@ -221,9 +237,32 @@ def _text(value: Any) -> str:
 # --------------------------------------------------------------------------------------- checks
 
 
-def _check_places(fixed: Fields, grid: Fields, methods: dict[str, Fields]) -> None:
-    """Each field of a run exists, has values and is set in one place."""
-    known = _fields_of_a_run()
+def check_metrics(metrics: Iterable[str]) -> None:
+    """Raises: InputError: a name that is no number of a run."""
+    for name in metrics:
+        if name not in NUMBERS:
+            raise InputError("config.metrics", name, f"one of {', '.join(NUMBERS)} is needed")
+
+
+def _check_values(sweep: ConfigDict) -> None:
+    """Each field of the sweep by itself."""
+    if sweep.methods is not None:
+        allowed = "a sweep names its variants in config.variants"
+        raise InputError("config.methods", sweep.methods, allowed)
+    if sweep.base is None:
+        raise InputError("config.base", None, "the config file of the runs is needed")
+    for name in ("fixed", "unset", "grid", "variants", "seeds", "more_seeds", "metrics", "slurm"):
+        if sweep[name] is None:
+            raise InputError(f"config.{name}", None, "a value is needed")
+    if sweep.columns not in {"seed", *flat_fields(sweep.fixed.to_dict())}:
+        raise InputError("config.columns", sweep.columns, "a field of the runs is needed")
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        raise InputError("config.seeds", sweep.seeds, "each seed once")
+    check_metrics(sweep.metrics)
+
+
+def _check_places(fixed: Fields, grid: Fields, variants: dict[str, Fields]) -> None:
+    """Each field of a run has values and is set in one place."""
     for name, values in grid.items():
         if not values:
             raise InputError(f"config.grid.{name}", values, "at least one value is needed")
@@ -231,26 +270,22 @@ def _check_places(fixed: Fields, grid: Fields, methods: dict[str, Fields]) -> No
             raise InputError(f"config.grid.{name}", values, "each value once")
         if name in fixed:
             raise InputError(f"config.fixed.{name}", fixed[name], "set in config.grid too")
-    for method, variant in methods.items():
-        where = f"config.methods[{method!r}]"
-        if not isinstance(variant, dict):
-            raise InputError(where, variant, "fields and their values are needed")
-        for name, value in variant.items():
-            if name not in known:
-                allowed = "seeds are in config.seeds" if name == "seed" else "no such field"
-                raise InputError(f"{where}.{name}", value, allowed)
-            for place, fields in (("fixed", fixed), ("grid", grid)):
-                if name in fields:
-                    raise InputError(f"{where}.{name}", value, f"set in config.{place} too")
+    for variant, fields in variants.items():
+        for name, value in fields.items():
+            for place, others in (("fixed", fixed), ("grid", grid)):
+                if name in others:
+                    where = f"config.variants[{variant!r}].{name}"
+                    raise InputError(where, value, f"set in config.{place} too")
 
 
-def _check_unset(names: Iterable[str], places: dict[str, Fields]) -> None:
-    """Args: places: the fields that each part of the sweep, or each method, sets."""
-    known = _fields_of_a_run()
+def _check_unset(
+    names: Iterable[str], known: Collection[str], places: Sequence[tuple[str, Fields]]
+) -> None:
+    """Args: places: parts of the sweep and variants, each with the fields that it sets."""
     for name in names:
         if name not in known:
             raise InputError("config.unset", name, "a field of the runs is needed")
-        for place, fields in places.items():
+        for place, fields in places:
             if name in fields:
                 raise InputError("config.unset", name, f"set in {place} too")
 
@@ -258,6 +293,9 @@ def _check_unset(names: Iterable[str], places: dict[str, Fields]) -> None:
 def _check_more_seeds(more_seeds: tuple[Any, ...], grid: Fields) -> None:
     for extra in more_seeds:
         lists = isinstance(extra, dict) and all(isinstance(v, tuple | list) for v in extra.values())
-        if not lists or "seeds" not in extra or extra.keys() - grid.keys() - {"seeds", "method"}:
-            allowed = 'fields of config.grid, and seeds: {"num_clients": (10, 50), "seeds": (1,)}'
+        if not lists or "seeds" not in extra or extra.keys() - grid.keys() - {"seeds", "variant"}:
+            allowed = (
+                "fields of config.grid, or variant, and seeds:"
+                ' {"num_clients": (10, 50), "seeds": (1,)}'
+            )
             raise InputError("config.more_seeds", extra, allowed)

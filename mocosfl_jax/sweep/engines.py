@@ -1,6 +1,6 @@
 """Where runs are carried out: processes on this machine, or jobs of a Slurm cluster.
 
-An engine starts tasks and hands out a job for each; the runner (`runner.py`) does the rest.
+An engine starts tasks and returns a job for each; the runner (`runner.py`) does the rest.
 """
 
 import os
@@ -23,7 +23,7 @@ class Task:
 
     name: str
     command: tuple[str, ...]
-    log: Path  # what the command prints is added to it
+    log: Path  # what the command prints is appended to it
 
 
 class Job(Protocol):
@@ -46,17 +46,17 @@ class Engine(Protocol):
     seconds_between_polls: float
 
     def start(self, tasks: Sequence[Task]) -> list[Job]:
-        """One job a task; with those that are not over they are no more than `slots`."""
+        """Returns one job per task; the caller keeps at most `slots` of them running."""
 
 
 def launch(
     task: Task, environment: dict[str, str] | None = None, keep_open: Iterable[int] = ()
 ) -> subprocess.Popen:
-    """Starts the task's command in a session of its own, so that signals reach it only from here.
+    """Starts the task's command in its own session, so that only this process signals it.
 
     Args:
       task: its command and log.
-      environment: variables that are added to this process's.
+      environment: variables that are added to those of this process.
       keep_open: file descriptors that the child inherits.
     """
     task.log.parent.mkdir(parents=True, exist_ok=True)
@@ -95,13 +95,13 @@ class LocalJob:
 
 
 class LocalEngine:
-    """So many child processes at a time, between which the GPUs of this machine are divided."""
+    """Child processes, a fixed number at a time, which share the GPUs of this machine."""
 
     seconds_between_polls = 0.2
 
     def __init__(self, slots: int | None, gpus: Sequence[str] = (), keep_open: Iterable[int] = ()):
         """Args:
-        slots: processes at a time; None: one a GPU, or one.
+        slots: processes at a time; None: one per GPU, or one without GPUs.
         gpus: names for CUDA_VISIBLE_DEVICES.
         keep_open: file descriptors that children inherit.
         """
@@ -120,7 +120,8 @@ class LocalEngine:
         return job
 
     def environment(self, slot: int) -> dict[str, str]:
-        """The GPUs of a slot: an equal share, or one that slots share where there are too few."""
+        """Variables that give a slot its GPUs: an equal share, or one GPU that several slots share
+        if there are fewer GPUs than slots."""
         if not self._gpus:
             return {}
         if self.slots <= len(self._gpus):
@@ -151,7 +152,7 @@ MOST_TIMEOUTS = 1000  # after which a job is given up
 
 
 class RequeuedTask:
-    """What a Slurm job calls: the task's command, saved and requeued before its time is over.
+    """What a Slurm job calls: runs the task's command, and saves it before the job's time is over.
 
     Submitit calls `checkpoint` when Slurm's signal comes, and puts the job back into the queue.
     """
@@ -170,7 +171,7 @@ class RequeuedTask:
             return self._status.result()
 
     def checkpoint(self) -> Any:
-        """What is left to do, once the child has saved its state."""
+        """Ends the child, which saves its state, and returns the task for another submission."""
         from submitit.helpers import DelayedSubmission
 
         if self._child is not None and self._status is not None:
@@ -208,7 +209,7 @@ class SlurmJob:
 
 
 class SlurmEngine:
-    """Jobs of a cluster, submitted as one array where they start together."""
+    """Jobs of a cluster; those that start together are submitted as one array."""
 
     def __init__(
         self, folder: Path, slots: int | None, parameters: dict[str, Any], cluster: str = "slurm"

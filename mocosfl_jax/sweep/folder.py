@@ -1,20 +1,33 @@
 """The files of a sweep: DIR/sweep.json, DIR/runs/NAME, DIR/report.*."""
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
-from mocosfl_jax.config.fields import EXECUTION_FIELDS, Config
+from mocosfl_jax.config import Config
+from mocosfl_jax.config.stored import config_from_json, differences, flat_fields, to_json
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.storage import read_json, write_json
 from mocosfl_jax.run.workdir import hold
-from mocosfl_jax.sweep.definition import Run
+from mocosfl_jax.sweep.definition import Fields, Run
+
+_FORMER_DEFAULTS = {
+    "holdout_fraction": 0.1,
+    "cut": 1,
+    "bottleneck": "none",
+    "client_state": "persistent",
+    "feature_sharing": True,
+    "queue_length": 6000,
+    "temperature": 0.1,
+    "ema": 0.99,
+    "align_momentum": False,
+}
+"""Defaults that older definitions store for fields that are now unset and filled by a rule."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +35,15 @@ class Record:
     """One run of a sweep as the report sees it."""
 
     name: str
-    method: str  # "" where the sweep has no variants
-    cell: dict[str, Any]  # its values of the grid's fields
-    config: dict[str, Any]  # all of its fields
+    variant: str  # "" if the sweep has no variants
+    cell: Fields  # its values of the grid's fields
+    config: Fields  # all of its fields, None where unset
     summary: dict[str, Any] | None  # its summary.json; None: unfinished
     last_words: str  # last line of its log
 
 
 class SweepFolder:
-    """A sweep's folder; `hold` makes it this process's own, reading needs no lock."""
+    """A sweep's folder; `hold` locks it for writing, reading needs no lock."""
 
     def __init__(self, path: str | Path):
         self.path = Path(os.path.expanduser(path)).absolute()
@@ -53,45 +66,47 @@ class SweepFolder:
     def claim(
         self, sweep: ConfigDict, runs: Mapping[str, Run], configs: Mapping[str, Config]
     ) -> list[str]:
-        """Writes the definition, in place of the one that lies here.
+        """Writes the sweep's definition, which replaces the one in the folder.
 
-        Returns: unfinished runs that lie here and are left out now.
-        Raises: InputError: a run that lies here is finished and left out, or has another config.
+        Args: runs: from `expand`. configs: of the runs by name, from `check`.
+        Returns: unfinished runs in the folder that the sweep no longer has.
+        Raises: InputError: a finished run in the folder that the sweep no longer has, or a run that
+        has another config there.
         """
-        definition = json.loads(
-            json.dumps(
-                {
-                    "columns": sweep.columns,
-                    "metrics": sweep.metrics,
-                    "runs": {name: _described(run, configs[name]) for name, run in runs.items()},
-                }
-            )
-        )
-        stored = read_json(self.definition_path)["runs"] if self.definition_path.exists() else {}
-        left_out = self._check_keeps(stored, definition["runs"])
+        stored = self.definition()["runs"] if self.definition_path.exists() else {}
+        left_out = self._check_left_out(stored, runs)
+        for name in [name for name in stored if name in runs]:
+            self._check_config(name, stored[name]["config"], configs[name])
+        definition = {
+            "columns": sweep.columns,
+            "metrics": sweep.metrics,
+            "runs": {name: _described(run, configs[name]) for name, run in runs.items()},
+        }
         write_json(self.definition_path, definition)
         return left_out
 
     def definition(self) -> dict[str, Any]:
-        """Columns, metrics and runs of the sweep that lies here.
+        """Columns, metrics and runs of the sweep in the folder.
 
-        Raises: InputError: none does.
+        Raises: InputError: there is none.
         """
         if not self.definition_path.exists():
             raise InputError("--workdir", str(self.path), "no sweep lies here")
         return read_json(self.definition_path)
 
     def records(self) -> list[Record]:
-        """All runs of the sweep that lies here.
+        """All runs of the sweep in the folder.
 
-        Raises: InputError: none does.
+        Raises: InputError: there is none.
         """
         return [
             Record(
                 name=name,
+                variant=run["variant"] if "variant" in run else run["method"],  # its former name
+                cell=run["cell"],
+                config=flat_fields(run["config"]),
                 summary=self._summary(name),
                 last_words=last_line(self.log_path(name)),
-                **run,
             )
             for name, run in self.definition()["runs"].items()
         ]
@@ -102,30 +117,46 @@ class SweepFolder:
     def _summary(self, name: str) -> dict[str, Any] | None:
         return read_json(self._summary_path(name)) if self.is_finished(name) else None
 
-    def _check_keeps(self, stored: dict[str, Any], runs: dict[str, Any]) -> list[str]:
+    def _check_left_out(self, stored: Collection[str], runs: Collection[str]) -> list[str]:
+        """The stored runs that the sweep no longer has; raises InputError if one is finished."""
         left_out = [name for name in stored if name not in runs]
         for name in left_out:
             if self.is_finished(name):
                 allowed = f"holds a finished run that this sweep would leave out: {name}"
                 raise InputError("--workdir", str(self.path), allowed)
-        for name in [name for name in stored if name in runs]:
-            old, new = stored[name]["config"], runs[name]["config"]
-            for field in sorted(old.keys() - EXECUTION_FIELDS):
-                if field == "holdout_fraction" and new.get(field) is None:
-                    continue  # a rule now; a run that lies here keeps its own
-                if old[field] != new.get(field):
-                    change = f"{field} {old[field]!r} -> {new.get(field)!r}"
-                    allowed = f"holds a sweep with another config ({change}, run {name})"
-                    raise InputError("--workdir", str(self.path), allowed)
         return left_out
+
+    def _check_config(self, name: str, stored: dict[str, Any], config: Config) -> None:
+        """Raises: InputError: the sweep gives a stored run another config.
+
+        A field that is set now but was unset must have the value that its rule gave the run.
+        """
+        values = dict(stored)
+        if "method" not in stored:
+            for field, default in _FORMER_DEFAULTS.items():
+                if getattr(config, field) is None and values.get(field, default) == default:
+                    values[field] = None
+        old = config_from_json(values, f"{self.definition_path}: {name}")
+        path = self.run_path(name) / "config.json"
+        if path.exists():
+            filled: dict[str, Any] = {
+                field: value
+                for field, value in vars(config_from_json(read_json(path), str(path))).items()
+                if getattr(old, field) is None and getattr(config, field) is not None
+            }
+            old = dataclasses.replace(old, **filled)
+        if changes := differences(old, config):
+            allowed = f"holds a sweep with another config ({changes[0]}, run {name})"
+            raise InputError("--workdir", str(self.path), allowed)
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
+    """The last line of a log that is not blank."""
     text = log.read_text(errors="replace") if log.exists() else ""
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
     return lines[-1] if lines else "no output"
 
 
 def _described(run: Run, config: Config) -> dict[str, Any]:
-    return {"method": run.method, "cell": run.cell, "config": dataclasses.asdict(config)}
+    """A run as sweep.json has it."""
+    return {"variant": run.variant, "cell": run.cell, "config": to_json(config)}

@@ -1,4 +1,4 @@
-"""The report of a sweep: DIR/report.csv (a row a run), report.md (a table), report.png (a plot)."""
+"""The report of a sweep: report.csv (one row per run), report.md (a table), report.png (a plot)."""
 
 import csv
 import dataclasses
@@ -11,33 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.evaluation.numbers import NUMBERS
 from mocosfl_jax.run.storage import StorageError, write_text
+from mocosfl_jax.sweep.definition import check_metrics, counted
 from mocosfl_jax.sweep.folder import Record, SweepFolder
 
-LABELS = {
-    "linear_top1": "linear probe, top-1 %",
-    "linear_top1_best_test_epoch": "linear probe, best test epoch, top-1 %",
-    "knn_top1": "kNN, top-1 %",
-    "knn_top1_raw_pixels": "kNN of raw pixels, top-1 %",
-    "num_clients": "number of clients",
-}
-"""What the table and the plot call a number or a field, where its name is not enough."""
-
-FURTHER_NUMBERS = (
-    "linear_top1",
-    "linear_top1_best_test_epoch",
-    "knn_top1",
-    "knn_top1_at_init",
-    "knn_top1_raw_pixels",
-    "steps",
-    "rounds",
-    "images_per_second",
-    "compile_seconds",
-    "wall_seconds",
-    "peak_memory_bytes",
-    "device",
-)
-"""Of summary.json in report.csv, beside the metrics."""
+_FIELD_LABELS = {"num_clients": "number of clients"}
+"""What the table and the plot call a field of the runs, where its name is not clear enough."""
 
 _UNWRITTEN = "the report cannot be written here"
 
@@ -55,24 +35,25 @@ class Cell:
         return statistics.mean(self.values)
 
     @property
-    def deviation(self) -> float:
+    def std(self) -> float:
         """Sample standard deviation; 0 for one value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def __str__(self) -> str:
         if not self.runs:
             return ""
-        shown = len(self.values) or self.finished  # a finished run may have no such number
-        number = f"({shown}{f' of {self.runs}' * (shown < self.runs)})"
+        seeds = len(self.values) or self.finished  # a finished run may lack the metric
+        count = f"({seeds})" if seeds == self.runs else f"({seeds} of {self.runs})"
         if not self.values:
-            return f"- {number}"
-        spread = f" ± {self.deviation:.2f}" * (len(self.values) > 1)
-        return f"{self.mean:.2f}{spread} {number}"
+            return f"- {count}"
+        if len(self.values) == 1:
+            return f"{self.mean:.2f} {count}"
+        return f"{self.mean:.2f} ± {self.std:.2f} {count}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Metrics by row (method and grid fields but the columns') and column."""
+    """Metrics by row (the variant and the other fields of the grid) and column."""
 
     field: str  # of the columns
     columns: tuple[Any, ...]
@@ -87,9 +68,9 @@ def write_report(folder: SweepFolder, columns: str, metrics: Sequence[str]) -> s
     Args:
       folder: of the sweep, which may be running.
       columns: field whose values are the columns and the x axis.
-      metrics: numbers of summary.json.
-    Raises: InputError: no sweep lies there, no run has such a field or number, or a file cannot be
-    written.
+      metrics: names of `NUMBERS`.
+    Raises: InputError: there is no sweep in the folder, a run has no such field, there is no such
+    number, or a file cannot be written.
     """
     records = _comparable(folder.records())
     _check(records, columns, metrics)
@@ -129,21 +110,21 @@ def tabulate(records: Sequence[Record], columns: str, metrics: Sequence[str]) ->
 def markdown(records: Sequence[Record], table: Table) -> str:
     """The page: how many runs are finished, the table, the unfinished ones."""
     unfinished = [record for record in records if record.summary is None]
-    runs = f"{len(records)} run{'s' * (len(records) > 1)}"
-    counts = f"{runs}: {len(records) - len(unfinished)} finished"
-    counts += f", {len(unfinished)} unfinished" * bool(unfinished)
+    counts = f"{counted(len(records))}: {len(records) - len(unfinished)} finished"
+    if unfinished:
+        counts += f", {len(unfinished)} unfinished"
     lines = [
         f"{counts}.",
         "",
-        f"Mean ± standard deviation over seeds (number of seeds), by {_label(table.field)}.",
+        f"Mean ± standard deviation over seeds (number of seeds), by {_field_label(table.field)}.",
         "",
-        _line(["method", "", *table.columns]),
+        _line(["variant", "", *table.columns]),
         _line(["---"] * 2 + ["---:"] * len(table.columns)),
     ]
     for row in table.rows:
         for metric in table.metrics:
             cells = [table.cells[row, metric, column] for column in table.columns]
-            lines.append(_line([row, _label(metric), *cells]))
+            lines.append(_line([row, NUMBERS[metric].title, *cells]))
     if notes := _notes(records, table):
         lines += ["", *notes]
     if unfinished:
@@ -153,26 +134,30 @@ def markdown(records: Sequence[Record], table: Table) -> str:
 
 
 def long_form(records: Sequence[Record], columns: str, metrics: Sequence[str]) -> str:
-    """CSV, one row a run: its varied fields and the numbers of its summary."""
+    """CSV, one row per run: its varied fields and the numbers of its summary."""
     fields = _unique([columns, *(name for record in records for name in record.cell)])
-    numbers = _unique([*metrics, *FURTHER_NUMBERS])
+    always = [number.name for number in NUMBERS.values() if number.in_csv]
+    results = _unique([*metrics, *always, "device"])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "method", *fields, "seed", "status", *numbers])
+    writer.writerow(["run", "variant", *fields, "seed", "status", *results])
     for record in records:
         summary = record.summary or {}
         status = "unfinished" if record.summary is None else "finished"
         settings = [_value(record, name) for name in fields]
-        results = [summary.get(name) for name in numbers]
+        found = [summary.get(name) for name in results]
         seed = record.config["seed"]
-        writer.writerow([record.name, record.method, *settings, seed, status, *results])
+        writer.writerow([record.name, record.variant, *settings, seed, status, *found])
     return text.getvalue()
 
 
 def plot(table: Table, untrained: float | None, path: os.PathLike[str]) -> None:
-    """Each metric over the columns' field, one line a method, error bars over seeds.
+    """Each metric over the field of the columns, one line per row, error bars over seeds.
 
-    Args: untrained: mean kNN before the first step, a dotted line.
+    Args:
+      table: what is plotted.
+      untrained: kNN before the first step, percent, mean of all runs; drawn as a dotted line.
+      path: of the PNG file.
     """
     from matplotlib.figure import Figure
 
@@ -183,21 +168,19 @@ def plot(table: Table, untrained: float | None, path: os.PathLike[str]) -> None:
         axes = figure.add_subplot(1, len(table.metrics), index + 1)
         for row in table.rows:
             cells = {x: table.cells[row, metric, x] for x in table.columns}
-            points = [
-                (x_of[x], c.mean, c.deviation or math.nan) for x, c in cells.items() if c.values
-            ]
-            x, mean, deviation = zip(*points, strict=True) if points else ([], [], [])
+            points = [(x_of[x], c.mean, c.std or math.nan) for x, c in cells.items() if c.values]
+            x, mean, std = zip(*points, strict=True) if points else ([], [], [])
             label = row if points else None  # colours follow the table, with or without points
-            axes.errorbar(x, mean, deviation, marker="o", markersize=4, capsize=3, label=label)
+            axes.errorbar(x, mean, std, marker="o", markersize=4, capsize=3, label=label)
         if numbers:
             axes.set_xscale("log")
         axes.set_xticks(list(x_of.values()), [str(value) for value in x_of])
         axes.minorticks_off()
-        axes.set_xlabel(_label(table.field))
-        axes.set_ylabel(_label(metric))
+        axes.set_xlabel(_field_label(table.field))
+        axes.set_ylabel(NUMBERS[metric].title)
         if metric == "knn_top1" and untrained is not None:
             axes.axhline(untrained, color="grey", linestyle=":", label="untrained")
-        if "top1" in metric:
+        if NUMBERS[metric].is_accuracy:
             _widen(axes)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -211,18 +194,20 @@ def plot(table: Table, untrained: float | None, path: os.PathLike[str]) -> None:
 
 
 def _check(records: Sequence[Record], columns: str, metrics: Sequence[str]) -> None:
+    """Raises: InputError: no such field or number, or a summary that has no number there."""
+    check_metrics(metrics)
     for record in records:
         if columns not in record.config:
             raise InputError("config.columns", columns, "a field of the runs is needed")
         for metric in metrics:
-            value = (record.summary or {metric: None}).get(metric, "")
+            value = (record.summary or {}).get(metric)
             if not isinstance(value, int | float | None):
-                allowed = f"a number of summary.json is needed (run {record.name})"
-                raise InputError("config.metrics", metric, allowed)
+                where = f"summary.json of run {record.name}"
+                raise InputError(where, f"{metric} {value!r}", "a number is needed")
 
 
 def _comparable(records: list[Record]) -> list[Record]:
-    """Leaves out images/s of runs that counted padding, as version 0.1.0 did, beside others."""
+    """Leaves out images/s of runs that counted padding (version 0.1.0) if others did not."""
     counts = {r.name: (r.summary or {}).get("padding_counted", True) for r in records if r.summary}
     if len(set(counts.values())) < 2:
         return records
@@ -235,7 +220,7 @@ def _comparable(records: list[Record]) -> list[Record]:
 
 
 def _widen(axes: Any) -> None:
-    """At least ten points of accuracy, so that chance does not look like a trend."""
+    """Shows at least ten points of accuracy, so that chance does not look like a trend."""
     low, high = axes.get_ylim()
     missing = max(0.0, 10.0 - (high - low)) / 2
     axes.set_ylim(low - missing, high + missing)
@@ -251,7 +236,9 @@ def _notes(records: Sequence[Record], table: Table) -> list[str]:
     """What a reader needs to judge the numbers."""
     summaries = [record.summary for record in records if record.summary is not None]
     notes = []
-    accuracies = [cell for (_, metric, _), cell in table.cells.items() if "top1" in metric]
+    accuracies = [
+        cell for (_, metric, _), cell in table.cells.items() if NUMBERS[metric].is_accuracy
+    ]
     sizes = sorted({s["test_images"] for s in summaries if s.get("test_images")})
     if sizes and any(cell.values for cell in accuracies):
         notes.append(f"Accuracy on {' or '.join(f'{n:,}' for n in sizes)} test images.")
@@ -270,9 +257,11 @@ def _at_init(records: Sequence[Record]) -> Cell:
 
 
 def _row(record: Record, columns: str) -> str:
-    """Method and cell, but for the columns' field."""
-    cell = [f"{name}={_plain(value)}" for name, value in record.cell.items() if name != columns]
-    return ", ".join([record.method] * bool(record.method) + cell) or "all"
+    """The variant and the cell, without the field of the columns."""
+    parts = [f"{name}={_plain(value)}" for name, value in record.cell.items() if name != columns]
+    if record.variant:
+        parts.insert(0, record.variant)
+    return ", ".join(parts) or "all"
 
 
 def _value(record: Record, field: str) -> Any:
@@ -280,14 +269,14 @@ def _value(record: Record, field: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value that is printed without brackets and may be a key: JSON lists become text."""
+    """A value as tables print it, which may be a key: JSON lists become text."""
     if isinstance(value, list):
         return "x".join(map(str, value))
     return "unset" if value is None else value
 
 
-def _label(name: str) -> str:
-    return LABELS.get(name, name)
+def _field_label(field: str) -> str:
+    return _FIELD_LABELS.get(field, field)
 
 
 def _line(cells: Iterable[Any]) -> str:

@@ -11,23 +11,24 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from mocosfl_jax.sweep.definition import counted
 from mocosfl_jax.sweep.engines import Engine, Job, Task
 from mocosfl_jax.sweep.folder import last_line
 
 GRACE_SECONDS = 300.0
-"""That runs have to save and end when the sweep is stopped."""
+"""How long runs may take to save and end when the sweep is stopped."""
 
 
 @dataclass
 class Tally:
-    """How the runs of a sweep stand."""
+    """How many runs of a sweep are done, failed, running and left."""
 
     total: int
     slots: int
     done: int = 0
     failed: dict[str, str] = field(default_factory=dict)  # run: why
     running: dict[str, float] = field(default_factory=dict)  # run: when it started
-    seconds: list[float] = field(default_factory=list)  # that the runs done here took
+    seconds: list[float] = field(default_factory=list)  # durations of the runs done here
 
     @property
     def left(self) -> int:
@@ -52,7 +53,7 @@ class Tally:
 
 
 class Board:
-    """A line that is rewritten in place on a terminal, else one line an event."""
+    """Progress: on a terminal a line that is rewritten in place, elsewhere one line per event."""
 
     def __init__(self, tally: Tally, stream: TextIO | None = None):
         """Args: tally: shown; stream: None: stdout."""
@@ -131,13 +132,13 @@ def carry_out(
                 time.sleep(engine.seconds_between_polls)
     finally:
         if running:
-            board.event(f"waiting for {len(running)} run{'s' * (len(running) > 1)} to save and end")
+            board.event(f"waiting for {counted(len(running))} to save and end")
         _end([job for _, job in running], engine, stop)
         board.close()
 
 
 def _settle(task: Task, job: Job, tally: Tally, board: Board) -> None:
-    """Takes note of a task that is over."""
+    """Records a task that is over."""
     seconds = time.monotonic() - tally.running.pop(task.name)
     if job.poll() == 0:
         tally.done += 1

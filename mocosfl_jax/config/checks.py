@@ -1,0 +1,172 @@
+"""What must hold of the fields that all methods share, alone and beside each other."""
+
+from mocosfl_jax.config.fields import METHOD_FIELDS, Config, Resolved
+from mocosfl_jax.config.network import network_of
+from mocosfl_jax.config.ranges import LARGEST, check_ranges
+from mocosfl_jax.config.recipe import find_recipe
+from mocosfl_jax.data import partition
+from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.models.backbones import check_network, latent_shape
+from mocosfl_jax.models.bottleneck import parse_bottleneck
+from mocosfl_jax.models.contract import NetworkError
+
+
+def check_fields(config: Config) -> None:
+    """Every check that needs neither data nor rules; unset fields pass.
+
+    Args: config: from `check_types`.
+    Raises: InputError: a value that cannot hold whatever the data set is.
+    """
+    _check_read(config)
+    check_ranges(config)
+    for name, section in config.sections.items():
+        check_ranges(section, f"config.{name}")
+    _check_network(config)
+    if config.classes_per_client is not None and config.dirichlet_alpha is not None:
+        raise InputError(
+            "config.dirichlet_alpha",
+            config.dirichlet_alpha,
+            "set this or config.classes_per_client, not both",
+        )
+
+
+def check_clients(config: Config, info: DatasetInfo) -> None:
+    """Whether the data set can be dealt to the clients, as far as its facts tell.
+
+    Args: config: passes `check_fields`. info: of its data set.
+    Raises: InputError.
+    """
+    held = config.images_per_client
+    if held is None:
+        partition.check_clients(config.num_clients, info.num_train)
+    if held is not None and held > info.num_train:
+        raise InputError(
+            "config.images_per_client",
+            held,
+            f"the train split has {info.num_train} images",
+        )
+    for name in ("classes_per_client", "dirichlet_alpha"):
+        value = getattr(config, name)
+        if value is not None and info.num_classes is None:
+            raise InputError(
+                f"config.{name}", value, "images without labels can only be IID: unset"
+            )
+    classes = config.classes_per_client
+    if classes is not None and info.num_classes is not None and classes > info.num_classes:
+        raise InputError(
+            "config.classes_per_client", classes, f"the data set has {info.num_classes} classes"
+        )
+    if classes is not None and held is None:
+        partition.check_shards(config.num_clients, classes, info.num_train)
+
+
+def check_resolved(config: Resolved, given: Config, holders: int) -> None:
+    """The fields that all methods share, beside each other.
+
+    Args:
+      given: the config before its unset fields were filled.
+      holders: clients that have images.
+    Raises: InputError: blames a field that was set, where one was.
+    """
+    _check_cohort(config, holders)
+    _check_schedule(config, given)
+    _check_images(config)
+
+
+def _check_read(config: Config) -> None:
+    """Raises: InputError: a field is set that the method does not read."""
+    unread = METHOD_FIELDS - find_recipe(config.method).reads
+    for name in sorted(unread):
+        value = getattr(config, name)
+        if value is not None:
+            allowed = f"method {config.method!r} does not read it: unset"
+            raise InputError(f"config.{name}", value, allowed)
+
+
+def _check_network(config: Config) -> None:
+    """The backbone, cut and bottleneck; unset fields pass."""
+    try:
+        check_network(network_of(config), config.cut or 1)
+    except NetworkError as error:
+        value = getattr(config, error.field)
+        raise InputError(f"config.{error.field}", value, error.allowed) from None
+    try:
+        bottleneck = parse_bottleneck(config.bottleneck or "none")
+    except ValueError as error:
+        raise InputError("config.bottleneck", config.bottleneck, str(error)) from None
+    if bottleneck is not None and bottleneck.channels > LARGEST:
+        allowed = f"1 to {LARGEST} channels are needed"
+        raise InputError("config.bottleneck", config.bottleneck, allowed)
+
+
+def _check_cohort(config: Resolved, holders: int) -> None:
+    size, clients = config.cohort_size, config.num_clients
+    if size > clients:
+        raise InputError("config.cohort_size", size, f"at most config.num_clients: 1 to {clients}")
+    if size > holders:
+        allowed = f"only {holders} of the {clients} clients have images: 1 to {holders}"
+        raise InputError("config.cohort_size", size, allowed)
+
+
+def _check_schedule(config: Resolved, given: Config) -> None:
+    """Args: given: the config before its unset fields were filled."""
+    steps = config.steps_per_round
+    _check_round(config, given)
+    if config.total_steps > LARGEST:
+        raise _too_many_steps(config, given)
+    syncs = config.syncs_per_round or 1
+    if syncs > steps:
+        raise InputError("config.syncs_per_round", syncs, f"at most one a step: 1 to {steps}")
+    if steps % config.steps_per_dispatch:
+        raise InputError(
+            "config.steps_per_dispatch",
+            config.steps_per_dispatch,
+            f"a divisor of config.steps_per_round = {steps} is needed",
+        )
+
+
+def _check_round(config: Resolved, given: Config) -> None:
+    """The images of a round, which are drawn at its start, are numbered in 32 bits."""
+    cohort, batch, steps = config.cohort_size, config.batch_size, config.steps_per_round
+    if cohort * batch > LARGEST:
+        allowed = f"with {cohort} clients a round, 1 to {LARGEST // cohort}"
+        raise InputError("config.batch_size", batch, allowed)
+    if cohort * batch * steps <= LARGEST:
+        return
+    if given.steps_per_round is None:
+        allowed = f"with {steps} steps of {batch} images each, 1 to {LARGEST // (steps * batch)}"
+        raise InputError("config.cohort_size", cohort, allowed)
+    allowed = f"with {cohort * batch} images a step, 1 to {LARGEST // (cohort * batch)}"
+    raise InputError("config.steps_per_round", steps, allowed)
+
+
+def _too_many_steps(config: Resolved, given: Config) -> InputError:
+    """Blames a field that was set: the rounds, or what their rule makes them from."""
+    rounds, steps = config.rounds, config.steps_per_round
+    if given.rounds is not None:
+        allowed = f"fewer than 2**31 steps, {steps} a round: 1 to {LARGEST // steps}"
+        return InputError("config.rounds", rounds, allowed)
+    length = "1 step" if steps == 1 else f"{steps} steps"
+    allowed = f"{rounds} rounds of {length} follow, and 2**31 - 1 steps are possible"
+    return InputError("config.epochs", config.epochs, f"{allowed}: fewer, or set config.rounds")
+
+
+def _check_images(config: Resolved) -> None:
+    """What depends on the size of images: the blur's reflect padding, and the bottleneck."""
+    if config.blur_kernel_size >= 2 * config.image_size:
+        raise InputError(
+            "config.blur_kernel_size",
+            config.blur_kernel_size,
+            f"below twice config.image_size = {config.image_size} is needed",
+        )
+    shape = config.bottleneck_shape
+    if shape is None:
+        return
+    size, *_ = latent_shape(network_of(config), config.image_size, config.cut)
+    if size % shape.stride:
+        raise InputError(
+            "config.bottleneck",
+            config.bottleneck,
+            f"latents at cut {config.cut} are {size} pixels wide, no multiple of {shape.stride}",
+        )

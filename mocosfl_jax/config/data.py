@@ -1,0 +1,65 @@
+"""From a config to its data: how the data set is read, and which client holds which images."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocosfl_jax.config.fields import Config, Resolved
+from mocosfl_jax.config.resolve import resolve
+from mocosfl_jax.data.dataset import Prepared
+from mocosfl_jax.data.partition import ClientImages, SharedImages, by_classes, dirichlet, iid
+from mocosfl_jax.data.sources import Options
+
+
+def data_options(config: Config) -> Options:
+    """How the data set of a config, resolved or not, is read."""
+    return {
+        "data_dir": config.data_dir,
+        "train_split": config.train_split,
+        "test_split": config.test_split,
+        "image_size": config.image_size,
+        "holdout_fraction": config.holdout_fraction,
+        "seed": config.seed,
+    }
+
+
+def deal(config: Config, prepared: Prepared) -> tuple[Resolved, ClientImages]:
+    """Deals the images to the clients and fills the config, after all checks that need no pixels.
+
+    Args:
+      config: passes `check_fields`; its unset fields are not filled.
+      prepared: the data set that it names.
+    Returns: the resolved config, and who holds which images.
+    Raises: InputError: as `partition_of` and `resolve`.
+    """
+    iid_only = config.classes_per_client is None and config.dirichlet_alpha is None
+    labels = None if iid_only else prepared.train_labels()
+    partition = partition_of(config, prepared.info.num_train, labels)
+    return resolve(config, prepared.info, partition), partition
+
+
+def partition_of(
+    config: Config, num_images: int, labels: NDArray[np.integer] | None
+) -> ClientImages:
+    """Which client holds which training images; fields that a rule fills may be unset.
+
+    Args:
+      config: passes `check_fields`.
+      num_images: of the train split.
+      labels: (num_images,) integers of the train split, or None.
+    Raises: InputError: the data set cannot be dealt to the clients in this way.
+    """
+    if config.images_per_client is not None:
+        return SharedImages(
+            num_images=num_images,
+            labels=labels,
+            num_clients=config.num_clients,
+            images_per_client=config.images_per_client,
+            classes_per_client=config.classes_per_client,
+            alpha=config.dirichlet_alpha,
+            seed=config.seed,
+        )
+    if config.classes_per_client is not None:
+        return by_classes(labels, config.num_clients, config.classes_per_client, config.seed)
+    if config.dirichlet_alpha is not None:
+        return dirichlet(labels, config.num_clients, config.dirichlet_alpha, config.seed)
+    return iid(num_images, config.num_clients, config.seed)

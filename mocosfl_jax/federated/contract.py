@@ -1,0 +1,161 @@
+"""The contract between the training loop and a method.
+
+A method is a frozen, hashable dataclass of pure functions. The loop, the mesh, checkpoints, the log
+and sweeps know of a method only what stands here. Its state has three parts, pytrees of any form:
+
+  server      one copy; what the server holds, and what all clients have in common
+  population  what each registered client keeps between rounds, leading axis N; may have no leaves
+  cohort      what each participant has within a round, leading axis C (slots)
+
+A round is `join`, steps, `leave`. Functions of one client have no client axis; the caller maps
+them.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from mocosfl_jax.federated.axes import Axes
+from mocosfl_jax.models.split import SplitModel, Variables
+
+Tree = Any
+"""Pytree of arrays."""
+
+
+class Normalisation(NamedTuple):
+    """Mean and standard deviation of each channel, (3,) float32, of pixels in [0, 1]."""
+
+    mean: jax.Array
+    std: jax.Array
+
+
+class Batch(NamedTuple):
+    """Inputs of one step; C slots (of this device, inside `shard_map`), B images a client.
+
+    views: `Method.views` arrays (C, B, S, S, 3) float32, augmented and normalised; a single
+      unaugmented one if the method asks for none.
+    labels: (C, B) int32, -1 where there is no label; None unless the method asks for them.
+    mask: (C, B) bool, False for padding.
+    weight: (C,) float32, of each slot in an average; 0 for padding slots.
+    sync: () bool, whether the step ends with an average of the clients.
+    rate_factor: () float32, of the schedule, on all learning rates.
+    keys: (C,) PRNG keys, functions of seed, step and client.
+    normalisation: what the views were normalised with.
+    """
+
+    views: tuple[jax.Array, ...]
+    labels: jax.Array | None
+    mask: jax.Array
+    weight: jax.Array
+    sync: jax.Array
+    rate_factor: jax.Array
+    keys: jax.Array
+    normalisation: Normalisation
+
+    def to_pixels(self, view: jax.Array) -> jax.Array:
+        """The pixels in [0, 1] of normalised images (..., 3)."""
+        per_channel = (1,) * (view.ndim - 1) + (-1,)
+        mean, std = (x.reshape(per_channel) for x in self.normalisation)
+        return view * std + mean
+
+
+class Metric(NamedTuple):
+    """A mean in two parts, () float32 of this device: summed over the mesh, divided in the log.
+
+    A weight of 0 says that this step has no such number: it is left out of the log.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+
+
+Metrics = dict[str, Metric]
+"""By name; the same names in every step."""
+
+
+class StepResult(NamedTuple):
+    """What a step gives. messages: what travelled, for tests and replays; None unless asked for."""
+
+    server: Tree
+    cohort: Tree
+    metrics: Metrics
+    messages: Any = None
+
+
+class Message(NamedTuple):
+    """What one client and the server exchange.
+
+    name: for people. up: from the client to the server, else down. when: `step`, or `sync`: each
+    average. content: pytree of `jax.ShapeDtypeStruct`, its size on the wire.
+    """
+
+    name: str
+    up: bool
+    when: str
+    content: Tree
+
+
+class Method(Protocol):
+    """What a training method consists of.
+
+    model: the network; parameters of another form are the method's own business, but what it
+      evaluates and exports are variables of this model.
+    axes: mesh axes over which slots are spread; see `Axes`.
+    views: augmented views of each image that a step takes: 0, 1 or 2.
+    labels: whether a step takes labels.
+    chunks: equal parts of a device's slots that a step takes one after another; the loop pads the
+      cohort to a multiple of devices x chunks.
+    """
+
+    @property
+    def model(self) -> SplitModel: ...
+    @property
+    def axes(self) -> Axes: ...
+    @property
+    def views(self) -> int: ...
+    @property
+    def labels(self) -> bool: ...
+    @property
+    def chunks(self) -> int: ...
+
+    def init(self, params_key: jax.Array, state_key: jax.Array) -> Tree:
+        """The server before the first step. state_key: for what is random but no parameter."""
+
+    def own(self, server: Tree, key: jax.Array) -> Tree:
+        """What one client keeps before its first round. key: the client's own."""
+
+    def join(self, server: Tree, own: Tree) -> Tree:
+        """One participant at the start of a round, from what it kept and what the server sends."""
+
+    def step(self, server: Tree, cohort: Tree, batch: Batch, messages: bool = False) -> StepResult:
+        """One step of the whole cohort, on the slots of this device.
+
+        A padding slot has a mask and a weight of zeros and an arbitrary client's state. It changes
+        nothing. messages: static; without it what travelled is no output of the program.
+        """
+
+    def leave(self, participant: Tree) -> Tree:
+        """What one participant keeps when its round ends; the form of `own`."""
+
+    def network(self, server: Tree, cohort: Tree | None) -> Variables:
+        """The network that is evaluated and exported.
+
+        cohort: without padding, in the middle of a round, where participants may differ; else None.
+        """
+
+    def sharded(self, server: Tree) -> Tree:
+        """Which leaves may be sharded over the mesh axis `server`, by their last dimension.
+
+        Returns: a tree prefix of `server` with bools as leaves; the others are replicated.
+        """
+
+    def traffic(self, images: jax.ShapeDtypeStruct) -> tuple[Message, ...]:
+        """What one client exchanges in a step and at a sync. images: of a step, (B, S, S, 3)."""
+
+    def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
+        """Shapes of what exists beside the state within a step, for the estimate of memory.
+
+        What backward passes keep, gradients, new parameters. It may be empty.
+
+        Args: images: as above. slots: that are computed at once.
+        """

@@ -1,0 +1,90 @@
+"""Rows of the population to and from the cohort's slots, without ever holding all of either.
+
+On a mesh, slots are spread over all devices. A population leaf is replicated if it is small, else
+sharded over N, each device with an equal block of clients. Sharded rows travel in a ring: each
+device passes its slots on, and who owns the client of a slot fills it, or reads it. So a device
+holds its own block of clients, its own slots, and one neighbour's slots at a time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mocosfl_jax.federated.axes import NO_MESH, Axes
+
+Tree = Any
+
+
+def gather(population: Tree, ids_C: jax.Array, sharded: Tree = None, axes: Axes = NO_MESH) -> Tree:
+    """The rows of this device's slots; those of padding slots are arbitrary.
+
+    Args:
+      population: leaves (N, ...), or this device's block of them where sharded.
+      ids_C: (C,) int32 of this device's slots.
+      sharded: a tree like the population, with bools as leaves; None: no leaf is.
+      axes: mesh axes over which slots and sharded leaves are spread.
+    """
+
+    def leaf(rows_N: jax.Array, is_sharded: bool) -> jax.Array:
+        if is_sharded and axes.rows:
+            return _gather_ring(rows_N, ids_C, axes)
+        return axes.vary(jnp.take(rows_N, ids_C, axis=0, mode="clip"))
+
+    return jax.tree.map(leaf, population, _flags(sharded, population))
+
+
+def scatter(
+    population: Tree, ids_C: jax.Array, rows_C: Tree, sharded: Tree = None, axes: Axes = NO_MESH
+) -> Tree:
+    """The population with the rows of the slots written back; padding slots are dropped.
+
+    Args: rows_C: leaves (C, ...) of this device's slots. Others: as `gather`.
+    """
+
+    def leaf(rows_N: jax.Array, new_C: jax.Array, is_sharded: bool) -> jax.Array:
+        if is_sharded and axes.rows:
+            return _scatter_ring(rows_N, ids_C, new_C, axes)
+        everyone, rows = axes.gather_rows(ids_C, axis=0), axes.gather_rows(new_C, axis=0)
+        return rows_N.at[everyone].set(rows, mode="drop")
+
+    return jax.tree.map(leaf, population, rows_C, _flags(sharded, population))
+
+
+def _flags(sharded: Tree, population: Tree) -> Tree:
+    return jax.tree.map(lambda _: False, population) if sharded is None else sharded
+
+
+def _gather_ring(block: jax.Array, ids_C: jax.Array, axes: Axes) -> jax.Array:
+    def fill(passing: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        ids, rows = passing
+        local, owned = _in_block(ids, block, axes)
+        taken = jnp.take(block, local, axis=0, mode="clip")
+        return ids, jnp.where(owned.reshape(-1, *[1] * (block.ndim - 1)), taken, rows)
+
+    empty = axes.vary(jnp.zeros((ids_C.shape[0], *block.shape[1:]), block.dtype))
+    return _around(fill, (axes.vary(ids_C), empty), axes)[1]
+
+
+def _scatter_ring(block: jax.Array, ids_C: jax.Array, new_C: jax.Array, axes: Axes) -> jax.Array:
+    def turn(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        block, (ids, rows) = carry
+        local, owned = _in_block(ids, block, axes)
+        index = jnp.where(owned, local, block.shape[0])  # out of range: dropped
+        return block.at[index].set(rows, mode="drop"), axes.pass_on((ids, rows))
+
+    passing = axes.vary((ids_C, new_C))
+    return lax.fori_loop(0, axes.size(), turn, (block, passing))[0]
+
+
+def _around(change: Callable[[Any], Any], passing: Any, axes: Axes) -> Any:
+    """Sends each device's values once around the ring; every device changes them on their way."""
+    return lax.fori_loop(0, axes.size(), lambda _, x: axes.pass_on(change(x)), passing)
+
+
+def _in_block(ids: jax.Array, block: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
+    """Rows of this device's block that hold these clients, and whether it holds them at all."""
+    local = ids - axes.index() * block.shape[0]
+    return local, (local >= 0) & (local < block.shape[0])

@@ -1,0 +1,55 @@
+"""From a resolved config to the method."""
+
+import jax
+
+from mocosfl_jax.config.fields import Resolved
+from mocosfl_jax.config.network import model_of, network_of
+from mocosfl_jax.config.resolve import largest_divisor
+from mocosfl_jax.federated.axes import NO_MESH, Axes
+from mocosfl_jax.learning.losses import LOSSES
+from mocosfl_jax.learning.sgd import sgd
+from mocosfl_jax.methods.mocosfl.client import ClientSide
+from mocosfl_jax.methods.mocosfl.method import MocoSFL
+from mocosfl_jax.methods.mocosfl.server import ServerSide
+from mocosfl_jax.models.backbones import latent_shape
+from mocosfl_jax.models.heads import HEADS
+
+CPU_PART = 25_000_000
+"""Images of a chunk, times (width x side of the first features)^2, that a CPU runs at full speed:
+more leave the cache and fault pages, fewer leave threads idle (docs/results/step.md)."""
+
+
+def build(config: Resolved, axes: Axes = NO_MESH, devices: int = 1) -> MocoSFL:
+    """MocoSFL on a mesh of so many `devices` with these `axes`."""
+    model = model_of(config, axes.rows)
+    loss, optimizer = LOSSES[config.loss], sgd(config.momentum, config.weight_decay)
+    owners = 1 if config.feature_sharing else config.num_clients
+    return MocoSFL(
+        model=model,
+        client=ClientSide(
+            net=model.client,
+            optimizer=optimizer,
+            ema=config.ema,
+            both_views=loss.both_views,
+            frozen=config.client_learning_rate == 0,
+        ),
+        server=ServerSide(model, optimizer, loss, config.temperature, config.ema),
+        learning_rate=config.learning_rate,
+        client_learning_rate=config.client_learning_rate,
+        queue_rows=config.queue_length // owners,
+        private_queues=not config.feature_sharing,
+        align=config.align_momentum,
+        persistent=config.client_state == "persistent",
+        chunks=config.cohort_chunks or _chunks(config, devices),
+        axes=axes,
+    )
+
+
+def _chunks(config: Resolved, devices: int) -> int:
+    """Parts of a device's cohort that suit it; they divide its slots."""
+    if jax.default_backend() != "cpu" or HEADS[config.head].batch_norm:
+        return 1
+    slots = -(-config.cohort_size // devices)
+    side, _, channels = latent_shape(network_of(config), config.image_size, 1)
+    parts = slots * config.batch_size * (channels * side) ** 2 // CPU_PART
+    return largest_divisor(slots, max(1, parts))

@@ -1,0 +1,310 @@
+"""MocoSFL (Li et al., ICLR 2023): both sides in one program, in the documented order.
+
+The clients' functions are mapped over the slots here, and only here; their latents, joined, are the
+server's rows. docs/method.md numbers the steps and lists where the public code differs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, cast
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mocosfl_jax.federated.average import average, hand_out
+from mocosfl_jax.federated.axes import NO_MESH, Axes
+from mocosfl_jax.federated.chunks import over_chunks
+from mocosfl_jax.federated.contract import Batch, Message, Metric, Metrics, StepResult, Tree
+from mocosfl_jax.learning.queue import Queue, init_queue
+from mocosfl_jax.methods.mocosfl import client as client_side
+from mocosfl_jax.methods.mocosfl import costs
+from mocosfl_jax.methods.mocosfl import server as server_side
+from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Totals
+from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents, Params
+from mocosfl_jax.methods.mocosfl.server import Learned, ServerSide, ServerState
+from mocosfl_jax.models.split import SplitModel, Variables
+
+
+class MocoState(flax.struct.PyTreeNode):
+    """One copy of each.
+
+    server: the server's models. client: what all clients had in common after the last sync.
+    queue: the shared queue; None where clients have private ones.
+    """
+
+    server: ServerState
+    client: ClientModel
+    queue: Queue | None
+
+
+class Participant(flax.struct.PyTreeNode):
+    """One client within a round. queue: its private queue, which the server keeps for it."""
+
+    client: ClientState
+    queue: Queue | None
+
+
+class Kept(flax.struct.PyTreeNode):
+    """What one client keeps between rounds, None where it does not.
+
+    key_params: an unaligned key encoder. opt_state, extra: see `ClientState`; kept by persistent
+    clients. queue: a private queue.
+    """
+
+    key_params: Params | None
+    opt_state: Any
+    extra: Any
+    queue: Queue | None
+
+
+class Messages(NamedTuple):
+    """What travelled in a step, leading axis C."""
+
+    latents: Latents
+    gradient: LatentGradient
+
+
+class _Sums(NamedTuple):
+    """What adds up over clients."""
+
+    server_grad: Params
+    loss: jax.Array
+    correct: jax.Array
+    client_metrics: Totals
+
+
+class _Rows(NamedTuple):
+    """What each slot or row has for itself. learned: without the server's gradient."""
+
+    clients: ClientState
+    learned: Learned
+    latents: Latents
+
+
+@dataclass(frozen=True)
+class MocoSFL:
+    """The method, a `federated.contract.Method`; fixed for a run and hashable.
+
+    model: the split network. client, server: what each side computes with.
+    learning_rate, client_learning_rate: at the start, of server and clients.
+    queue_rows: of the shared queue, or of each private one. private_queues: no feature sharing.
+    align: a sync averages key encoders too (MonAcoSFL). persistent: clients keep their state.
+    chunks, axes: see `Method`.
+    Raises: ValueError: chunks with a BatchNorm head; stateless clients that would lose something.
+    """
+
+    model: SplitModel
+    client: ClientSide
+    server: ServerSide
+    learning_rate: float
+    client_learning_rate: float
+    queue_rows: int
+    private_queues: bool = False
+    align: bool = False
+    persistent: bool = True
+    chunks: int = 1
+    axes: Axes = NO_MESH
+
+    views: ClassVar[int] = 2
+    labels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.chunks > 1 and self.model.head.batch_norm:
+            raise ValueError(f"chunks = {self.chunks}: a BatchNorm head needs all rows at once: 1")
+        loses = self.private_queues or not self.align or self.client.extra_gradient is not None
+        if loses and not self.persistent:
+            raise ValueError("stateless clients take a shared queue and aligned key encoders")
+
+    # ------------------------------------------------------------------------- state and rounds
+
+    def init(self, params_key: jax.Array, state_key: jax.Array) -> MocoState:
+        client, server, stats = self.model.init(params_key)
+        opt_state = self.server.optimizer.init(server)
+        return MocoState(
+            server=ServerState(server, server, opt_state, stats, stats),
+            client=ClientModel(client, client if self.align else None),
+            queue=None if self.private_queues else self._new_queue(state_key),
+        )
+
+    def own(self, server: MocoState, key: jax.Array) -> Kept:
+        extra, params = self.client.extra_gradient, server.client.params
+        return Kept(
+            key_params=None if self.align else params,
+            opt_state=self.client.optimizer.init(params) if self.persistent else None,
+            extra=None if extra is None else extra.init(jax.random.fold_in(key, 1)),
+            queue=self._new_queue(key) if self.private_queues else None,
+        )
+
+    def join(self, server: MocoState, own: Kept) -> Participant:
+        common, opt_state = server.client, own.opt_state
+        if not self.persistent:
+            opt_state = self.client.optimizer.init(common.params)
+        key_params = common.key_params if self.align else own.key_params
+        return Participant(ClientState(common.params, key_params, opt_state, own.extra), own.queue)
+
+    def leave(self, participant: Participant) -> Kept:
+        client = participant.client
+        return Kept(
+            key_params=None if self.align else client.key_params,
+            opt_state=client.opt_state if self.persistent else None,
+            extra=client.extra,
+            queue=participant.queue,
+        )
+
+    def _new_queue(self, key: jax.Array) -> Queue:
+        return init_queue(key, self.queue_rows, self.model.head.width)
+
+    # --------------------------------------------------------------------------------- one step
+
+    def step(
+        self, server: MocoState, cohort: Participant, batch: Batch, messages: bool = False
+    ) -> StepResult:
+        axes = self.axes
+        rows = batch.mask.astype(jnp.float32).sum() * self.server.loss.rows
+        count = axes.sum(rows)
+        key_params = server_side.move_key_encoder(self.server, server.server)
+        models = server.server.replace(key_params=key_params)
+        complete = models.replace(
+            params=axes.gather_server(models.params), key_params=axes.gather_server(key_params)
+        )
+
+        # 1. to 3., and the clients' part of 5.: all that belongs to rows.
+        def part(cohort: Participant, batch: Batch) -> tuple[_Sums, _Rows]:
+            return self._part(complete, server.queue, count, cohort, batch)
+
+        sums, own = self._over_chunks(part, cohort, batch)
+
+        # 4. The keys go to the queue.
+        queue, queues = self._write_keys(server.queue, cohort.queue, own.learned.keys, batch.mask)
+
+        # 5. The server's update; the clients' were made with their rows.
+        server_grad = axes.sum_server(sums.server_grad, models.params)
+        rate = self.learning_rate * batch.rate_factor
+        models = server_side.update(self.server, models, server_grad, own.learned, rate)
+
+        # 6. Sync. Frozen clients stay alike without one.
+        clients, common = own.clients, server.client
+        if not self.client.frozen:
+            clients, common = jax.lax.cond(
+                batch.sync,
+                lambda clients, _: self._sync(clients, batch.weight),
+                lambda clients, common: (clients, common),
+                clients,
+                common,
+            )
+        return StepResult(
+            MocoState(models, common, queue),
+            Participant(clients, queues),
+            _metrics(sums, rows),
+            Messages(own.latents, _by_client(own.learned, own.latents)) if messages else None,
+        )
+
+    def _part(
+        self,
+        models: ServerState,
+        shared_queue: Queue | None,
+        count: jax.Array,
+        cohort: Participant,
+        batch: Batch,
+    ) -> tuple[_Sums, _Rows]:
+        """Forward and backward pass of some slots, and the updates of their clients.
+
+        Args: models: complete, the key encoder moved. count: rows that count in the step.
+        """
+        query, key = batch.views
+        keys = batch.keys if self.client.draws else None
+        clients, latents, pending = jax.vmap(partial(client_side.forward, self.client))(
+            cohort.client, query, key, batch.mask, keys
+        )
+        queues = _negatives(shared_queue, cohort.queue)
+        learned = server_side.learn(self.server, models, server_side.join(latents), queues, count)
+        rate = self.client_learning_rate * batch.rate_factor
+        clients, metrics = jax.vmap(
+            lambda client, pending, gradient, key: client_side.update(
+                self.client, client, pending, gradient, rate, batch.to_pixels, key
+            )
+        )(clients, pending, _by_client(learned, latents), keys)
+        totals = jax.tree.map(lambda x: x.sum(axis=0), metrics)
+        sums = _Sums(learned.server_grad, learned.loss, learned.correct, totals)
+        return sums, _Rows(clients, learned._replace(server_grad=None), latents)
+
+    def _over_chunks(
+        self,
+        part: Callable[[Participant, Batch], tuple[_Sums, _Rows]],
+        cohort: Participant,
+        batch: Batch,
+    ) -> tuple[_Sums, _Rows]:
+        """`part` of all slots, chunk by chunk."""
+
+        def of_slots(cohort: Participant, views: Any, mask: Any, keys: Any) -> tuple[_Sums, _Rows]:
+            return part(cohort, batch._replace(views=views, mask=mask, keys=keys))
+
+        slots = (cohort, batch.views, batch.mask, batch.keys)
+        return over_chunks(of_slots, self.chunks, self.axes, *slots)
+
+    def _write_keys(
+        self,
+        shared: Queue | None,
+        private: Queue | None,
+        keys: tuple[jax.Array, ...],
+        mask_CB: jax.Array,
+    ) -> tuple[Queue | None, Queue | None]:
+        """The shared queue and the private ones, one of which is None, with the step's keys."""
+        mask_R = jnp.concatenate([mask_CB] * self.server.loss.rows, axis=1).reshape(-1)
+        if shared is None:
+            assert private is not None, "one of the two exists"
+            return None, server_side.write_private_keys(private, keys, mask_R)
+        keys = tuple(self.axes.gather_rows(key, axis=0) for key in keys)
+        return server_side.write_keys(shared, keys, self.axes.gather_rows(mask_R, axis=0)), None
+
+    def _sync(self, clients: ClientState, weight_C: jax.Array) -> tuple[ClientState, ClientModel]:
+        """All clients with the average of their models, and that average."""
+        models = client_side.upload(clients, self.align)
+        mean = average(models, weight_C, self.axes)
+        return client_side.receive(clients, hand_out(mean, models, self.axes)), mean
+
+    # --------------------------------------------------------------- what the loop asks besides
+
+    def network(self, server: MocoState, cohort: Participant | None) -> Variables:
+        client = server.client.params
+        if cohort is not None:
+            client = jax.tree.map(lambda x: x.mean(axis=0), cohort.client.params)
+        return Variables(client, server.server.params, server.server.stats)
+
+    def sharded(self, server: MocoState) -> Tree:
+        models = ServerState(True, True, True, stats=False, key_stats=False)
+        return MocoState(models, client=cast(Any, False), queue=cast(Any, False))
+
+    def traffic(self, images: jax.ShapeDtypeStruct) -> tuple[Message, ...]:
+        return costs.traffic(self.model, self.client, self.align, images)
+
+    def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
+        groups = slots if self.private_queues else 1
+        queue = jax.ShapeDtypeStruct((groups, self.queue_rows, self.model.head.width), jnp.float32)
+        copies = 2 if self.chunks > 1 else 1  # chunks add up their gradients
+        return costs.working_set(
+            self.model, self.client, self.server, images, slots, queue, server_gradients=copies
+        )
+
+
+def _negatives(shared: Queue | None, private: Queue | None) -> jax.Array:
+    """Negatives by group of the server's rows: (1, K, D) shared, or (C, K / N, D) private."""
+    if shared is not None:
+        return shared.keys[None]
+    assert private is not None, "one of the two exists"
+    return private.keys
+
+
+def _by_client(learned: Learned, latents_C: Latents) -> LatentGradient:
+    """The gradient of each client's query latents, (C, B', h, w, c)."""
+    return LatentGradient(learned.latent_grad.reshape(latents_C.query.shape))
+
+
+def _metrics(sums: _Sums, rows: jax.Array) -> Metrics:
+    """loss: mean over rows, views added, before the update. accuracy: percent of rows whose
+    positive has a larger logit than all of the queue (of the second direction, if there are two).
+    """
+    own = {name: Metric(*parts) for name, parts in sums.client_metrics.items()}
+    return {"loss": Metric(sums.loss, rows), "accuracy": Metric(100 * sums.correct, rows), **own}

@@ -1,0 +1,101 @@
+"""What MocoSFL tells the config: the fields that it reads, their rules and checks."""
+
+from typing import Any
+
+from mocosfl_jax.config.fields import Config, Resolved
+from mocosfl_jax.config.recipe import FormerLayout, Recipe
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.learning.losses import LOSSES
+from mocosfl_jax.methods.mocosfl.build import build
+from mocosfl_jax.methods.mocosfl.former import from_former, to_former
+from mocosfl_jax.models.heads import HEADS
+
+
+def _rules(config: Config) -> dict[str, Any]:
+    """Values of the fields below, from those that all methods share."""
+    syncs = 1000 // (config.batch_size * config.num_clients)
+    return {
+        "syncs_per_round": min(max(1, syncs), config.steps_per_round),
+        "client_state": "persistent",
+        "loss": "one_way" if config.head == "V1" else "server",
+        "feature_sharing": True,
+        "queue_length": 6000,
+        "temperature": 0.1,
+        "ema": 0.99,
+        "align_momentum": False,
+        "client_learning_rate": config.learning_rate,
+        "cohort_chunks": None,
+    }
+
+
+def keys_per_step(config: Resolved) -> int:
+    """Rows that one step writes to the queue, or to each private queue."""
+    clients = config.cohort_size if config.feature_sharing else 1
+    return clients * config.batch_size * LOSSES[config.loss].keys
+
+
+def _check(config: Resolved) -> None:
+    """Raises: InputError: values that cannot hold beside each other."""
+    _check_queue(config)
+    _check_client_state(config)
+    _check_chunks(config)
+
+
+def _check_queue(config: Resolved) -> None:
+    length, owner, keys = config.queue_length, "step", keys_per_step(config)
+    if not config.feature_sharing:
+        length, owner = length // config.num_clients, "step and client"
+    if keys > length:
+        brought = "1 key" if keys == 1 else f"{keys} keys"
+        allowed = f"the queue has {length} rows but one {owner} brings {brought}"
+        raise InputError("config.queue_length", config.queue_length, allowed)
+
+
+def _check_client_state(config: Resolved) -> None:
+    """Stateless clients keep nothing between rounds."""
+    if config.client_state != "stateless":
+        return
+    if not config.align_momentum:
+        lost = "a client's own momentum model would be lost: set config.align_momentum"
+        raise InputError("config.client_state", config.client_state, lost)
+    if not config.feature_sharing:
+        lost = "a client's private queue would be lost: persistent, or set config.feature_sharing"
+        raise InputError("config.client_state", config.client_state, lost)
+
+
+def _check_chunks(config: Resolved) -> None:
+    chunks = config.cohort_chunks or 1
+    if chunks > config.cohort_size:
+        allowed = f"at most one client a chunk: 1 to {config.cohort_size}"
+        raise InputError("config.cohort_chunks", chunks, allowed)
+    if chunks > 1 and HEADS[config.head].batch_norm:
+        allowed = f"1 is needed with head {config.head}, whose BatchNorm sees all rows at once"
+        raise InputError("config.cohort_chunks", chunks, allowed)
+
+
+MOCOSFL = Recipe(
+    reads=frozenset(
+        {
+            "syncs_per_round",
+            "client_state",
+            "cut",
+            "bottleneck",
+            "loss",
+            "feature_sharing",
+            "queue_length",
+            "temperature",
+            "ema",
+            "align_momentum",
+            "client_learning_rate",
+            "cohort_chunks",
+        }
+    ),
+    build=build,
+    rules=_rules,
+    check=_check,
+    memory_hints={
+        "population": ("client_state", "stateless clients (with align_momentum) keep nothing"),
+        "server.queue": ("queue_length", "a shorter queue"),
+    },
+    former=FormerLayout(to_former, from_former),
+)

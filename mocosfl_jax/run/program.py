@@ -1,0 +1,25 @@
+"""From a resolved config to what its dispatches compute."""
+
+import dataclasses
+
+from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.recipe import find_recipe
+from mocosfl_jax.data.augment import AugmentConfig
+from mocosfl_jax.federated.axes import NO_MESH, Axes
+from mocosfl_jax.federated.dispatch import Program
+from mocosfl_jax.learning.schedule import rate_schedule
+
+
+def program_of(config: Resolved, axes: Axes = NO_MESH, devices: int = 1) -> Program:
+    """What a dispatch computes on a mesh of so many `devices` with these `axes`."""
+    augment = dataclasses.replace(
+        AugmentConfig.for_version(config.augmentation, config.image_size),
+        min_scale=config.crop_min_scale,
+        blur_kernel_size=config.blur_kernel_size,
+    )
+    return Program(
+        method=find_recipe(config.method).build(config, axes, devices),
+        augment=augment,
+        learning_rate=config.learning_rate,
+        schedule=rate_schedule(config.schedule, config.total_steps),
+    )

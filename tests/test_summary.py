@@ -1,0 +1,71 @@
+"""The numbers of a summary: which file is one, and what the end of a run shows of it."""
+
+import json
+import math
+
+import pytest
+
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.evaluation import numbers
+from mocosfl_jax.evaluation.numbers import NUMBERS, TOP1, Number
+from mocosfl_jax.run.summary import read_summary, results_table, standard_error
+
+SUMMARY = {
+    "steps": 40,
+    "wall_seconds": 61.0,
+    "images_per_second": 12.4,
+    "test_images": 2000,
+    "linear_top1": 60.0,
+    "linear_top1_best_test_epoch": 61.0,
+    "knn_top1": 50.0,
+    "knn_top1_at_init": None,
+    "knn_top1_raw_pixels": 9.5,
+}
+
+
+def test_the_table_at_the_end_of_a_run():
+    """A share p of n images has the standard error sqrt(p (1 - p) / n)."""
+    assert results_table(SUMMARY).splitlines() == [
+        "40 steps in 01:01, 12 images/s",
+        "top-1 % ± standard error, 2,000 test images:",
+        "  kNN of raw pixels, at most 32x32    9.50 ± 0.66",
+        "  kNN                                50.00 ± 1.12",
+        "  linear probe                       60.00 ± 1.10",
+    ]
+    assert standard_error(60.0, 2000) == pytest.approx(100 * math.sqrt(0.6 * 0.4 / 2000))
+
+
+def test_a_run_without_labels_has_no_table():
+    accuracies = dict.fromkeys((name for name in SUMMARY if "top1" in name), None)
+    assert results_table({**SUMMARY, **accuracies}) == "40 steps in 01:01, 12 images/s"
+    assert results_table({"steps": 40, "wall_seconds": 61.0}) == "40 steps in 01:01"
+
+
+def test_a_number_that_is_added_to_the_table(tmp_path, monkeypatch):
+    """It is shown with its unit, and checked, without another line anywhere."""
+    monkeypatch.setitem(NUMBERS, "psnr", Number("psnr", "reconstruction", "dB", in_table=True))
+    lines = results_table({**SUMMARY, "psnr": 21.0}).splitlines()
+    assert lines[2] == "  reconstruction                     21.00 dB"
+    (tmp_path / "summary.json").write_text(json.dumps({**SUMMARY, "psnr": "low"}))
+    with pytest.raises(InputError, match=r"psnr 'low'.*a number is needed"):
+        read_summary(tmp_path / "summary.json")
+
+
+@pytest.mark.parametrize("name", [number.name for number in NUMBERS.values() if number.required])
+@pytest.mark.parametrize("value", [None, "7"])
+def test_a_summary_without_what_every_run_has(tmp_path, name, value):
+    (tmp_path / "summary.json").write_text(json.dumps({**SUMMARY, name: value}))
+    with pytest.raises(InputError, match=f"{name} {value!r}.*move it away"):
+        read_summary(tmp_path / "summary.json")
+
+
+def test_a_summary_of_an_earlier_version_may_lack_numbers(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    assert read_summary(tmp_path / "summary.json") == SUMMARY
+
+
+def test_titles_say_the_unit():
+    assert NUMBERS["knn_top1"].title == f"kNN, {TOP1}"
+    assert NUMBERS["steps"].title == "steps"
+    assert all(name == number.name for name, number in NUMBERS.items())
+    assert len(NUMBERS) == len(numbers._IN_ORDER)
