@@ -24,22 +24,24 @@ from typing import Any
 import jax
 
 from benchmarks.devices import load_config, random_images
-from mocosfl_jax.config import Config
-from mocosfl_jax.config.build import partition_of, program_of
+from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.data import partition_of
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.data.partition import by_classes
+from mocosfl_jax.federated.dispatch import Images
 from mocosfl_jax.federated.placement import axes_of, make_placement
 from mocosfl_jax.run.feed import Dispatch, dispatches
 from mocosfl_jax.run.processes import use_compilation_cache
-from mocosfl_jax.run.rounds import Cohort, place_inputs, run_constants
+from mocosfl_jax.run.program import program_of
+from mocosfl_jax.run.rounds import Rounds, place_inputs, run_constants
 
 REGISTERED = (100, 1_000, 10_000, 100_000, 1_000_000)
 ACTIVE = (10, 100, 1_000)
 STEPS = 4
 
 
-def setting(clients: int, cohort: int, *overrides: str) -> Config:
+def setting(clients: int, cohort: int, *overrides: str) -> Resolved:
     """Stateless clients of the narrow network, one image a client a step."""
     fields = {
         "num_clients": clients,
@@ -58,10 +60,10 @@ def setting(clients: int, cohort: int, *overrides: str) -> Config:
     return load_config("configs/cifar10_cpu.py", *flags, *overrides)
 
 
-class Rounds:
+class Loop:
     """Round after round of one setting, as the training loop runs them."""
 
-    def __init__(self, config: Config, data: Dataset):
+    def __init__(self, config: Resolved, data: Dataset):
         started = time.perf_counter()
         train = data.train
         self.partition = partition_of(config, len(train.images), train.labels)
@@ -69,38 +71,43 @@ class Rounds:
         self.partition_seconds = time.perf_counter() - started
         self.samples = config.cohort_size * config.batch_size * STEPS
         self._placement = make_placement(1, 1)
-        self._images = data.train.images
-        self._cohort = Cohort(config, self._placement, program_of(config, axes_of(1)))
+        self._split = data.train
         self._program = program_of(config, axes_of(1))
+        self._rounds = Rounds(config, self._placement, self._program)
         self._constants = run_constants(config, self._placement)
         self._feed: Iterator[Dispatch] = dispatches(
-            config, self.partition, self.sampler, self._cohort.slots, 0
+            config, self.partition, self.sampler, self._rounds.slots, 0
         )
-        self._state = self._cohort.initial_state()
+        self._state = self._rounds.initial_state()
 
     def compile(self) -> Callable[..., Any]:
         """The dispatch, which fits every setting of the same cohort."""
-        _, ids, inputs = place_inputs(self._placement, self._images, next(self._feed))
-        self._state = self._cohort.begin(self._state, ids)
+        _, ids, inputs = self._place()
+        self._state = self._rounds.begin(self._state, ids)
         jitted = self._placement.dispatch(self._program, self._state)
-        return jitted.lower(self._state, inputs, *self._constants).compile()
+        return jitted.lower(self._state, inputs, self._constants).compile()
+
+    def _place(self) -> tuple[Dispatch, jax.Array, Images]:
+        """The next dispatch on the device."""
+        labels = self._program.method.labels
+        return place_inputs(self._placement, self._split, labels, next(self._feed))
 
     def round(self, advance: Callable[..., Any]) -> float:
         """Seconds of the next round."""
         started = time.perf_counter()
-        _, ids, inputs = place_inputs(self._placement, self._images, next(self._feed))
-        state = self._cohort.begin(self._state, ids)
-        state, _ = advance(state, inputs, *self._constants)
-        self._state = jax.block_until_ready(self._cohort.end(state))
+        _, ids, inputs = self._place()
+        state = self._rounds.begin(self._state, ids)
+        state, _ = advance(state, inputs, self._constants)
+        self._state = jax.block_until_ready(self._rounds.end(state))
         return time.perf_counter() - started
 
 
-def in_turns(runs: dict[str, tuple[Rounds, Callable[..., Any]]], repeats: int) -> dict[str, float]:
+def in_turns(runs: dict[str, tuple[Loop, Callable[..., Any]]], repeats: int) -> dict[str, float]:
     """Median seconds of a round of each; they take turns, after one round of warming up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
-        for name, (rounds, advance) in runs.items():
-            seconds[name].append(rounds.round(advance))
+        for name, (loop, advance) in runs.items():
+            seconds[name].append(loop.round(advance))
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
@@ -129,8 +136,8 @@ def memory_of(clients: int, overrides: list[str]) -> int:
 
 def print_memory(clients: int, overrides: list[str]) -> None:
     config = setting(clients, min(clients, 100), *overrides)
-    rounds = Rounds(config, random_images(config))
-    rounds.round(rounds.compile())
+    loop = Loop(config, random_images(config))
+    loop.round(loop.compile())
     print(held_bytes())
 
 
@@ -139,20 +146,20 @@ def registered(repeats: int, sizes: tuple[int, ...], overrides: list[str]) -> li
     data = random_images(setting(sizes[0], min(sizes[0], 100), *overrides))
     runs = {}
     for name, clients in [(str(n), n) for n in sizes] + [("again", sizes[0])]:
-        rounds = Rounds(setting(clients, min(sizes[0], 100), *overrides), data)
-        advance = rounds.compile() if not runs else runs[str(sizes[0])][1]
-        runs[name] = rounds, advance
+        loop = Loop(setting(clients, min(sizes[0], 100), *overrides), data)
+        advance = loop.compile() if not runs else runs[str(sizes[0])][1]
+        runs[name] = loop, advance
     seconds = in_turns(runs, repeats)
     first, base = seconds[str(sizes[0])], memory_of(sizes[0], overrides)
     rows = []
-    for name, (rounds, _) in runs.items():
-        clients = rounds.partition.num_clients
+    for name, (loop, _) in runs.items():
+        clients = loop.partition.num_clients
         rows.append(
             {
                 "registered": name,
                 "ms_a_step": 1e3 * seconds[name] / STEPS,
                 "over_first": seconds[name] / first,
-                "partition_seconds": rounds.partition_seconds,
+                "partition_seconds": loop.partition_seconds,
                 "mb_beyond_first": (memory_of(clients, overrides) - base) / 2**20,
             }
         )
@@ -166,10 +173,10 @@ def active(repeats: int, sizes: tuple[int, ...], overrides: list[str]) -> list[d
     runs = {}
     for name, cohort in [(str(n), n) for n in sizes] + [(at_once, sizes[-1])]:
         chunks = ["--config.cohort_chunks=1"] * (name == at_once)
-        rounds = Rounds(setting(sizes[-1], cohort, *chunks, *overrides), data)
-        runs[name] = rounds, rounds.compile()
+        loop = Loop(setting(sizes[-1], cohort, *chunks, *overrides), data)
+        runs[name] = loop, loop.compile()
     seconds = in_turns(runs, repeats)
-    a_sample = {name: seconds[name] / rounds.samples for name, (rounds, _) in runs.items()}
+    a_sample = {name: seconds[name] / loop.samples for name, (loop, _) in runs.items()}
     base = a_sample[str(sizes[1])]
     return [
         {

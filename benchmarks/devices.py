@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 from benchmarks.step import CIFAR10
-from mocosfl_jax.config import Config, check_types
-from mocosfl_jax.config.build import partition_of, program_of
+from mocosfl_jax.config import Resolved, check_types
+from mocosfl_jax.config.data import partition_of
 from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset, Split
@@ -33,7 +33,8 @@ from mocosfl_jax.federated.placement import axes_of, make_placement
 from mocosfl_jax.main import define_flags
 from mocosfl_jax.run.feed import dispatches
 from mocosfl_jax.run.plan import plan
-from mocosfl_jax.run.rounds import Cohort, place_inputs, run_constants
+from mocosfl_jax.run.program import program_of
+from mocosfl_jax.run.rounds import Rounds, place_inputs, run_constants
 
 ITEM_BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "f64": 8, "u8": 1}
 OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -55,11 +56,10 @@ def collectives(hlo: str) -> list[Collective]:
         if match := pattern.search(line):
             result, operation, rest = match.groups()
             size = sum(_shape_bytes(shape) for shape in _shapes(result))
-            groups = _group_size(rest)
             if operation == "all-gather":
-                size //= groups
+                size //= _group_size(rest)
             if operation == "reduce-scatter":
-                size *= groups
+                size *= _group_size(rest)
             found.append(Collective(operation, size))
     return found
 
@@ -85,7 +85,7 @@ def _group_size(attributes: str) -> int:
     raise ValueError(f"unknown notation of groups: {attributes}")
 
 
-def minimum_bytes(config: Config, devices: int) -> dict[str, int]:
+def minimum_bytes(config: Resolved, devices: int) -> dict[str, int]:
     """Bytes that a device must send in a step with a sync, by what they are."""
     if devices == 1:
         return {"server gradient": 0, "keys": 0, "client models": 0}
@@ -103,29 +103,32 @@ def minimum_bytes(config: Config, devices: int) -> dict[str, int]:
 class OneDispatch:
     """The first dispatch of a config, on so many devices, with random images."""
 
-    def __init__(self, config: Config, devices: int, server_shards: int = 1):
+    def __init__(self, config: Resolved, devices: int, server_shards: int = 1):
         self.placement = make_placement(devices, server_shards)
         program = program_of(config, axes_of(server_shards), devices)
-        cohort = Cohort(config, self.placement, program)
+        rounds = Rounds(config, self.placement, program)
         data = random_images(config)
         partition = partition_of(config, len(data.train.images), data.train.labels)
         sampler = CohortSampler(partition, config.cohort_size, config.seed)
-        first = next(dispatches(config, partition, sampler, cohort.slots, 0))
-        first, ids, inputs = place_inputs(self.placement, data.train.images, first)
-        state = cohort.begin(cohort.initial_state(), ids)
-        self.arguments = (state, inputs, *run_constants(config, self.placement))
+        first = next(dispatches(config, partition, sampler, rounds.slots, 0))
+        first, ids, inputs = place_inputs(self.placement, data.train, program.method.labels, first)
+        state = rounds.begin(rounds.initial_state(), ids)
+        self.arguments = (state, inputs, run_constants(config, self.placement))
         self.compiled = self.placement.dispatch(program, state).lower(*self.arguments).compile()
         self.cohort_size = config.cohort_size
 
     def run(self) -> dict[str, Any]:
         """Losses and parameters after it; once, as the state is donated."""
         state, output = self.compiled(*self.arguments)
-        clients = jax.tree.map(lambda x: np.asarray(x)[: self.cohort_size], state.cohort.params)
-        server = jax.tree.map(np.asarray, state.server.params)
-        return {"loss": np.asarray(output.loss), "server": server, "clients": clients}
+        clients = jax.tree.map(
+            lambda x: np.asarray(x)[: self.cohort_size], state.cohort.client.params
+        )
+        server = jax.tree.map(np.asarray, state.server.server.params)
+        total, weight = output.metrics["loss"]
+        return {"loss": np.asarray(total / weight), "server": server, "clients": clients}
 
 
-def random_images(config: Config) -> Dataset:
+def random_images(config: Resolved) -> Dataset:
     """As many as CIFAR-10 has, of the config's size; labels in turn."""
     rng = np.random.default_rng(0)
     number, size = CIFAR10.num_train, config.image_size
@@ -146,7 +149,7 @@ def difference(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
     return {name: relative(a[name], b[name]) for name in b}
 
 
-def measure(config: Config, devices: int, server_shards: int = 1) -> dict[str, Any]:
+def measure(config: Resolved, devices: int, server_shards: int = 1) -> dict[str, Any]:
     """Collectives against the formula, and the numbers of the dispatch."""
     dispatch = OneDispatch(config, devices, server_shards)
     found = collectives(dispatch.compiled.as_text())
@@ -163,7 +166,7 @@ def measure(config: Config, devices: int, server_shards: int = 1) -> dict[str, A
     }
 
 
-def load_config(path: str, *overrides: str) -> Config:
+def load_config(path: str, *overrides: str) -> Resolved:
     """A config file resolved for CIFAR-10, without its images."""
     argv = ["devices", "--config", path, *overrides]
     values = define_flags(argv)

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mocosfl_jax.config import Config, check_types
-from mocosfl_jax.config.build import data_options
+from mocosfl_jax.config.data import data_options
 from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.dataset import channel_stats
 from mocosfl_jax.data.sources import inspect_dataset, load_dataset

@@ -25,14 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mocosfl_jax.config import Config, check_types, default_config
-from mocosfl_jax.config.build import initial_state, program_of
-from mocosfl_jax.config.resolve import resolve
+from mocosfl_jax.config import Resolved, check_types, default_config, resolve
 from mocosfl_jax.data.augment import two_views
 from mocosfl_jax.data.dataset import DatasetInfo
-from mocosfl_jax.federated.dispatch import Images, Normalisation, Program, run_dispatch
-from mocosfl_jax.methods.mocosfl.step import Batch, Rates, train_step
+from mocosfl_jax.federated.contract import Batch, Normalisation
+from mocosfl_jax.federated.dispatch import Constants, Images, Program, run_dispatch
+from mocosfl_jax.federated.state import TrainState, create_state
 from mocosfl_jax.models.resnet import STEMS
+from mocosfl_jax.randomness import Stream, device_key
+from mocosfl_jax.run.program import program_of
 
 CIFAR10 = DatasetInfo(
     name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10
@@ -43,7 +44,7 @@ SCAN_STEPS = 4
 Variant = Callable[[], Any]
 
 
-def setting(**fields: Any) -> Config:
+def setting(**fields: Any) -> Resolved:
     """The paper's CIFAR-10 setting with other fields set."""
     raw = default_config()
     raw.update(fields)
@@ -53,7 +54,7 @@ def setting(**fields: Any) -> Config:
 # ---------------------------------------------------------------------------------------- FLOPs
 
 
-def unit_products(config: Config) -> list[int]:
+def unit_products(config: Resolved) -> list[int]:
     """Multiply-adds of each unit's convolutions, basic-block ResNet, one image, forward."""
     stem = STEMS[config.stem]
     size = math.ceil(config.image_size / stem.stride)
@@ -70,7 +71,7 @@ def unit_products(config: Config) -> list[int]:
     return units
 
 
-def step_flops(config: Config) -> int:
+def step_flops(config: Resolved) -> int:
     """FLOPs of a step with the `server` loss and head V2; 2 a multiply-add, backward = 2 forwards.
 
     Both encoders pass two views through the server. The gradient of the images is not computed, nor
@@ -92,7 +93,7 @@ def step_flops(config: Config) -> int:
 class Bench:
     """Inputs and compiled programs of one setting."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Resolved):
         self.config = config
         self.program: Program = program_of(config)
         self.compile_seconds: dict[str, float] = {}
@@ -102,8 +103,17 @@ class Bench:
         self.views = jnp.asarray(rng.standard_normal((2, *shape), dtype=np.float32))
         self.mask = jnp.ones(shape[:2], bool)
         self.weight = jnp.ones(config.cohort_size)
-        self.state = jax.jit(lambda: initial_state(config, self.program.method))()
-        self.normalisation = Normalisation(jnp.full(3, 0.5), jnp.full(3, 0.25))
+        self.state = jax.jit(self._initial_state)()
+        self.constants = Constants(
+            normalisation=Normalisation(jnp.full(3, 0.5), jnp.full(3, 0.25)),
+            augment_key=jax.random.key(0),
+            method_key=jax.random.key(1),
+        )
+
+    def _initial_state(self) -> TrainState:
+        init, state = (device_key(self.config.seed, s) for s in (Stream.INIT, Stream.STATE))
+        clients, slots = self.config.num_clients, self.config.cohort_size
+        return create_state(self.program.method, init, state, clients, slots)
 
     def _compile(self, name: str, function: Callable, *args: Any) -> Callable:
         started = time.perf_counter()
@@ -113,19 +123,26 @@ class Bench:
 
     def step(self) -> Variant:
         """One step on ready views, with a sync."""
-        rate = jnp.float32(self.config.learning_rate)
-        batch = Batch(self.views[0], self.views[1], self.mask, self.weight)
-        args = (self.state, batch, Rates(rate, rate), jnp.bool_(True))
-        method = self.program.method
-        compiled = self._compile("step", lambda *a: train_step(method, *a), *args)
+        batch = Batch(
+            views=(self.views[0], self.views[1]),
+            labels=None,
+            mask=self.mask,
+            weight=self.weight,
+            sync=jnp.bool_(True),
+            rate_factor=jnp.float32(1),
+            keys=jax.random.split(self.constants.method_key, self.config.cohort_size),
+            normalisation=self.constants.normalisation,
+        )
+        args = (self.state.server, self.state.cohort, batch)
+        compiled = self._compile("step", self.program.method.step, *args)
         return lambda: compiled(*args)
 
     def dispatch(self) -> Variant:
         """A scanned period: augmentation and SCAN_STEPS steps, the last with a sync."""
-        sync_now = jnp.arange(SCAN_STEPS) == SCAN_STEPS - 1
+        sync = jnp.arange(SCAN_STEPS) == SCAN_STEPS - 1
         mask = jnp.broadcast_to(self.mask, (SCAN_STEPS, *self.mask.shape))
-        inputs = Images(self.images, mask, sync_now, self.weight)
-        args = (self.state, inputs, self.normalisation, jax.random.key(0))
+        inputs = Images(self.images, mask, sync, self.weight)
+        args = (self.state, inputs, self.constants)
         program = self.program
         compiled = self._compile("dispatch", lambda *a: run_dispatch(program, *a), *args)
         return lambda: compiled(*args)
@@ -134,7 +151,7 @@ class Bench:
         """Two views of every image of a step."""
         images = self.images[0].reshape(-1, *self.images.shape[-3:])
         keys = jax.random.split(jax.random.key(0), len(images))
-        augment, (mean, std) = self.program.augment, self.normalisation
+        augment, (mean, std) = self.program.augment, self.constants.normalisation
         args = (keys, images)
         compiled = self._compile(
             "augmentation", lambda k, i: two_views(k, i, augment, mean, std), *args

@@ -10,6 +10,7 @@ Kinds without a replay are named and skipped.
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mocosfl_jax.evaluation.knn import knn_scores
-from mocosfl_jax.federated.state import TrainState, begin_round, create_state, end_round
+from mocosfl_jax.federated.contract import Batch, Normalisation
+from mocosfl_jax.federated.state import TrainState, begin_round, end_round
+from mocosfl_jax.learning.losses import LOSSES
 from mocosfl_jax.learning.queue import Queue
 from mocosfl_jax.learning.sgd import sgd
-from mocosfl_jax.methods.mocosfl.step import Batch, Method, Rates, train_step
+from mocosfl_jax.methods.mocosfl.client import ClientSide
+from mocosfl_jax.methods.mocosfl.messages import ClientModel
+from mocosfl_jax.methods.mocosfl.method import MocoSFL, MocoState
+from mocosfl_jax.methods.mocosfl.server import ServerSide, ServerState
 from mocosfl_jax.models.bottleneck import parse_bottleneck
 from mocosfl_jax.models.split import Params, SplitModel, build_model
 from tests.named_arrays import normal, parameter
@@ -151,67 +157,89 @@ def replay_knn(config: dict[str, Any], golden: Golden) -> Errors:
     }
 
 
-def named_state(config: dict[str, Any], method: Method, cohort_size: int) -> TrainState:
-    clients, length, width = config["num_clients"], config["queue_length"], config["head_width"]
+def golden_method(config: dict[str, Any]) -> MocoSFL:
+    model, loss = golden_model(config), LOSSES[config["loss"]]
+    optimizer = sgd(config["momentum"], config["weight_decay"])
+    owners = 1 if config["feature_sharing"] else config["num_clients"]
+    return MocoSFL(
+        model=model,
+        client=ClientSide(model.client, optimizer, config["ema"], both_views=loss.both_views),
+        server=ServerSide(model, optimizer, loss, config["temperature"], config["ema"]),
+        learning_rate=config["learning_rate"],
+        client_learning_rate=config["learning_rate"],
+        queue_rows=config["queue_length"] // owners,
+        private_queues=not config["feature_sharing"],
+        align=config["align_momentum"],
+    )
 
-    def rows(name: str, number: int) -> np.ndarray:
-        x = normal(name, (number, width))
+
+def named_state(config: dict[str, Any], method: MocoSFL) -> TrainState:
+    """The state before the first round, without a cohort; models and queues have golden names."""
+    clients, width = config["num_clients"], config["head_width"]
+
+    def rows(name: str) -> np.ndarray:
+        x = normal(name, (method.queue_rows, width))
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
-    if config["feature_sharing"]:
-        queue = Queue(jnp.asarray(rows("queue", length)), jnp.zeros((), jnp.int32))
-    else:
-        keys = np.stack([rows(f"queue/client{i}", length // clients) for i in range(clients)])
-        queue = Queue(jnp.asarray(keys), jnp.zeros(clients, jnp.int32))
-    return create_state(
-        *named_variables(method.model),
-        queue,
-        optimizer=method.optimizer,
-        num_clients=clients,
-        cohort_size=cohort_size,
-        feature_sharing=config["feature_sharing"],
-        align_momentum=config["align_momentum"],
+    client, server, stats = named_variables(method.model)
+    opt_state = method.server.optimizer.init(server)
+    state = MocoState(
+        server=ServerState(server, server, opt_state, stats, stats),
+        client=ClientModel(client, client if method.align else None),
+        queue=Queue(jnp.asarray(rows("queue")), jnp.zeros((), jnp.int32)),
+    )
+    keys = jax.random.split(jax.random.key(0), clients)
+    population = jax.vmap(method.own, in_axes=(None, 0))(state, keys)
+    if method.private_queues:
+        own = np.stack([rows(f"queue/client{i}") for i in range(clients)])
+        queues = Queue(jnp.asarray(own), jnp.zeros(clients, jnp.int32))
+        state, population = state.replace(queue=None), population.replace(queue=queues)
+    return TrainState(
+        step=jnp.int32(0), server=state, population=population, cohort_ids=None, cohort=None
     )
 
 
-def step_batch(config: dict[str, Any], step: int, cohort: list[int]) -> Batch:
+def step_batch(config: dict[str, Any], step: int, cohort: list[int], sync: bool) -> Batch:
     shape = (config["num_clients"], config["batch_size"], IMAGE_SIZE, IMAGE_SIZE, 3)
-    query, key = (normal(f"step{step}/{view}", shape)[cohort] for view in ("query", "key"))
+    views = (normal(f"step{step}/{view}", shape)[cohort] for view in ("query", "key"))
     return Batch(
-        query=jnp.asarray(query),
-        key=jnp.asarray(key),
+        views=tuple(map(jnp.asarray, views)),
+        labels=None,
         mask=jnp.ones((len(cohort), config["batch_size"]), bool),
-        sync_weight=jnp.ones(len(cohort)),
+        weight=jnp.ones(len(cohort)),
+        sync=jnp.asarray(sync),
+        rate_factor=jnp.float32(1),
+        keys=jax.random.split(jax.random.key(step), len(cohort)),
+        normalisation=Normalisation(jnp.zeros(3), jnp.ones(3)),
     )
 
 
-def clients_by_id(state: TrainState, num_clients: int, synced: bool) -> tuple[list, list]:
-    """Online and momentum model of every client id, in the middle of a round.
+def clients_by_id(state: TrainState, num_clients: int) -> tuple[list, list]:
+    """Online model and key encoder of every client id, in the middle of a round.
 
-    A client outside the cohort has the online model of the last sync, and its own momentum model
-    where these are not aligned.
+    A client outside the cohort has the online model of the last sync, and its own key encoder where
+    these are not aligned.
     """
     slots = {int(i): slot for slot, i in enumerate(state.cohort_ids)}
     take = lambda tree, index: jax.tree.map(lambda x: np.asarray(x[index]), tree)  # noqa: E731
-    aligned = count(state.population.momentum) == count(state.population.params)
-    online, momentum = [], []
+    common, kept, client = state.server.client, state.population, state.cohort.client
+    online, key_encoders = [], []
     for i in range(num_clients):
         if i in slots:
-            online.append(take(state.cohort.params, slots[i]))
-            momentum.append(take(state.cohort.momentum, slots[i]))
+            online.append(take(client.params, slots[i]))
+            key_encoders.append(take(client.key_params, slots[i]))
             continue
-        online.append(take(state.cohort.params, 0) if synced else state.population.params)
-        if not aligned:
-            momentum.append(take(state.population.momentum, i))
-        else:
-            momentum.append(take(state.cohort.momentum, 0) if synced else state.population.momentum)
-    return online, momentum
+        online.append(common.params)
+        key_encoders.append(
+            take(kept.key_params, i) if common.key_params is None else common.key_params
+        )
+    return online, key_encoders
 
 
 def queue_by_id(state: TrainState) -> Queue:
     """The shared queue, or all private ones (N, K / N, D), in the middle of a round."""
-    if state.queue is not None:
-        return state.queue
+    if state.server.queue is not None:
+        return state.server.queue
     return jax.tree.map(
         lambda rows, new: rows.at[state.cohort_ids].set(new),
         state.population.queue,
@@ -222,18 +250,9 @@ def queue_by_id(state: TrainState) -> Queue:
 def replay_trajectory(config: dict[str, Any], golden: Golden) -> Errors:
     steps, clients = config["steps"], config["num_clients"]
     cohorts = config["cohorts"] or [list(range(clients))] * steps
-    method = Method(
-        model=golden_model(config),
-        optimizer=sgd(config["momentum"], config["weight_decay"]),
-        loss=config["loss"],
-        temperature=config["temperature"],
-        ema=config["ema"],
-        align_momentum=config["align_momentum"],
-    )
-    rate = jnp.float32(config["learning_rate"])
-    advance = jax.jit(train_step, static_argnums=0)
-    state = named_state(config, method, len(cohorts[0]))
-    start = state
+    method = golden_method(config)
+    advance = jax.jit(partial(method.step, messages=True))
+    state = start = named_state(config, method)
     errors: Errors = {}
 
     def worst(name: str, error: float) -> None:
@@ -245,32 +264,32 @@ def replay_trajectory(config: dict[str, Any], golden: Golden) -> Errors:
             if not synced:
                 raise ValueError(f"the cohort changes at step {step} without a sync before it")
             if step > 0:
-                state = end_round(state, method.align_momentum)
-            state = begin_round(state, jnp.asarray(cohort, jnp.int32), method.align_momentum)
+                state = end_round(method, state)
+            state = begin_round(method, state, jnp.asarray(cohort, jnp.int32))
             synced = False
-        sync_now = (step + 1) % config["sync_every"] == 0
-        batch = step_batch(config, step, cohort)
-        state, output = advance(method, state, batch, Rates(rate, rate), sync_now)
-        synced = synced or sync_now
-        queue = queue_by_id(state)
-        loss, want = float(output.loss), float(golden["loss"][step])
+        sync = (step + 1) % config["sync_every"] == 0
+        result = advance(state.server, state.cohort, step_batch(config, step, cohort, sync))
+        state = state.replace(step=step + 1, server=result.server, cohort=result.cohort)
+        synced = synced or sync
+        queue, mean = queue_by_id(state), result.metrics["loss"]
+        loss, want = float(mean.total / mean.weight), float(golden["loss"][step])
         worst("loss", abs(loss - want) / max(1.0, abs(want)) / 5e-3)
-        grad_norm = np.linalg.norm(np.asarray(output.latent_grad, np.float64))
+        grad_norm = np.linalg.norm(np.asarray(result.messages.gradient.query, np.float64))
         want_norm = golden["latent_grad_stats"][step, 1]
         worst("latent_grad_stats", abs(grad_norm - want_norm) / want_norm / 6e-2)
         worst("queue", absolute(queue.keys, golden["queue"][step], 5e-3))
         worst("queue_ptr", exact(queue.ptr, golden["queue_ptr"][step]))
 
-    online, momentum = clients_by_id(state, clients, synced)
-    stem = np.asarray(start.population.params["unit0"]["conv"]["kernel"])
+    online, key_encoders = clients_by_id(state, clients)
+    stem = np.asarray(start.server.client.params["unit0"]["conv"]["kernel"])
     for i in range(clients):
         for name, models in (
             ("client_stem_kernel", online),
-            ("client_momentum_stem_kernel", momentum),
+            ("client_momentum_stem_kernel", key_encoders),
         ):
             kernel = models[i]["unit0"]["conv"]["kernel"]
             worst(name, of_change(kernel, golden[name][i], stem, 0.15))
-    bias = [np.asarray(s.server.params["head"]["dense2"]["bias"]) for s in (state, start)]
+    bias = [np.asarray(s.server.server.params["head"]["dense2"]["bias"]) for s in (state, start)]
     worst("head_dense2_bias", of_change(bias[0], golden["head_dense2_bias"], bias[1], 5e-3))
     return errors
 

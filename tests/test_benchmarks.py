@@ -7,7 +7,7 @@ import pytest
 from benchmarks import clients, gpu
 from benchmarks.devices import random_images
 from benchmarks.step import measure, setting, step_flops, unit_products
-from mocosfl_jax.config.build import model_of
+from mocosfl_jax.config.network import model_of
 
 
 def traced_products(jaxpr) -> int:

@@ -10,16 +10,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mocosfl_jax.config.build import program_of
 from mocosfl_jax.encoder import encoder_step
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import single_device
+from mocosfl_jax.methods.mocosfl.former import to_former
 from mocosfl_jax.run.checkpoint import Clock, Found, Identity, data_digest, digest, find_newest
-from mocosfl_jax.run.rounds import Cohort
+from mocosfl_jax.run.program import program_of
+from mocosfl_jax.run.rounds import Rounds
 from mocosfl_jax.run.workdir import WorkDir, read_stored
 from mocosfl_jax.train import train
 from tests import tiny
@@ -62,8 +64,8 @@ def copy(whole, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def find(npz) -> Callable[[Path], Found]:
     config, _ = tiny.load(npz, **FIELDS)
-    cohort = Cohort(config, single_device(), program_of(config))
-    shapes = cohort.abstract_unpadded()
+    rounds = Rounds(config, single_device(), program_of(config))
+    shapes = rounds.abstract_unpadded()
 
     def find(folder: Path) -> Found:
         stored = read_stored(folder)
@@ -261,11 +263,24 @@ def test_checkpoints_of_other_runs_are_not_continued(copy, npz, tmp_path, find):
 
 
 def as_version_0_1(checkpoint: Path) -> None:
-    """Without a seal, and with a clock that says nothing of padding."""
+    """In its layout, without a seal, and with a clock that says nothing of padding."""
+    config = read_stored(checkpoint.parents[1]).config
+    rounds = Rounds(config, single_device(), program_of(config))
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(checkpoint / "state", rounds.abstract_unpadded())
+        checkpointer.save(checkpoint / "state", to_former(state), force=True)
     shutil.rmtree(checkpoint / "seal")
     clock = json.loads((checkpoint / "clock" / "metadata").read_text())
     del clock["counts_padding"]
     (checkpoint / "clock" / "metadata").write_text(json.dumps(clock))
+
+
+def test_a_checkpoint_of_version_0_1_holds_the_same(copy, whole, find):
+    as_version_0_1(copy / "checkpoints" / "18")
+    found, expected = find(copy), find(whole).restored
+    assert not found.bad
+    assert jax.tree.structure(found.restored.state) == jax.tree.structure(expected.state)
+    jax.tree.map(np.testing.assert_array_equal, found.restored.state, expected.state)
 
 
 def test_checkpoints_of_another_width_are_not_continued(copy, npz):
@@ -274,12 +289,13 @@ def test_checkpoints_of_another_width_are_not_continued(copy, npz):
         as_version_0_1(checkpoint)
     stored = read_stored(copy)
     config = dataclasses.replace(stored.config, width=8)
-    cohort = Cohort(config, single_device(), program_of(config))
-    shapes = cohort.abstract_unpadded()
+    rounds = Rounds(config, single_device(), program_of(config))
+    shapes = rounds.abstract_unpadded()
     identity = Identity(config, data_digest(stored.data))
     found = find_newest(copy / "checkpoints", shapes, identity)
     assert found.restored is None and list(found.bad) == [18, 12, 6]
-    assert all(len(reason.splitlines()) == 1 for reason in found.bad.values())
+    for reason in found.bad.values():
+        assert "shape" in reason and len(reason.splitlines()) == 1
 
 
 def test_without_a_good_checkpoint_nothing_is_touched(copy, npz):

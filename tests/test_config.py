@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from mocosfl_jax.run.program import program_of
 
 import mocosfl_jax
 from mocosfl_jax.config import Config, Resolved, check_types, default_config, resolve
@@ -26,7 +25,8 @@ from mocosfl_jax.federated.axes import NO_MESH
 from mocosfl_jax.federated.placement import single_device
 from mocosfl_jax.methods.mocosfl.build import build
 from mocosfl_jax.run.plan import check_fits
-from mocosfl_jax.run.rounds import Cohort
+from mocosfl_jax.run.program import program_of
+from mocosfl_jax.run.rounds import Rounds
 
 CIFAR10 = DatasetInfo(
     name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10
@@ -204,8 +204,8 @@ def test_state_beyond_the_memory_is_refused_with_sizes_and_a_way_out():
 
     def check(memory_bytes: int, **fields) -> None:
         config = resolved(num_clients=1_000_000, **narrow, **fields)
-        cohort = Cohort(config, single_device(), program_of(config))
-        check_fits(config, cohort.bytes_a_device(), memory_bytes)
+        rounds = Rounds(config, single_device(), program_of(config))
+        check_fits(config, rounds.bytes_a_device(), memory_bytes)
 
     with pytest.raises(InputError, match=r"client_state = 'persistent': .* 14\.8 GB.* stateless"):
         check(14 * 10**9)

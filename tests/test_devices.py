@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 
 from benchmarks.devices import collectives
-from mocosfl_jax.config.build import partition_of, program_of
+from mocosfl_jax.config.data import partition_of
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import axes_of, make_placement
 from mocosfl_jax.run.feed import dispatches
+from mocosfl_jax.run.program import program_of
 from mocosfl_jax.run.progress import Progress
-from mocosfl_jax.run.rounds import Cohort, place_inputs, run_constants
+from mocosfl_jax.run.rounds import Rounds, place_inputs, run_constants
 from mocosfl_jax.run.workdir import WorkDir
 from mocosfl_jax.train import Interrupted, train
 from tests import tiny
-from tests.test_step import assert_close
 from tests.test_train import ROOT, lines
+from tests.tiny_method import assert_close
 
 MAIN = ("mocosfl_jax.main",)
 TOLERANCE = 1e-3  # of the largest value, after 12 steps: sums over rows are added in another order
@@ -59,7 +60,7 @@ def saved_state(folder: Path, npz: Path):
 def assert_same_run(folder: Path, expected: Path, npz: Path) -> None:
     actual, wanted = saved_state(folder, npz), saved_state(expected, npz)
     np.testing.assert_array_equal(actual.cohort_ids, wanted.cohort_ids)
-    for name in ("server", "population", "queue"):
+    for name in ("server", "population"):
         assert_close(getattr(actual, name), getattr(wanted, name), name, TOLERANCE)
     for name in ("loss", "knn_top1"):
         got, want = ([line[name] for line in lines(f) if name in line] for f in (folder, expected))
@@ -120,8 +121,8 @@ def test_devices_that_do_not_exist_or_divide_are_refused(devices, shards, messag
 def test_server_parameters_are_split_where_asked(npz):
     config, _ = tiny.load(npz, **FIELDS, server_shards=2)
     placement = make_placement(4, 2)
-    state = Cohort(config, placement, program_of(config)).initial_state()
-    kernel = state.server.params["unit1"]["conv1"]["kernel"]
+    state = Rounds(config, placement, program_of(config)).initial_state()
+    kernel = state.server.server.params["unit1"]["conv1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (3, 3, 4, 2)
     leaf = jax.tree.leaves(state.population)[0]
     assert leaf.sharding.is_fully_replicated
@@ -132,12 +133,12 @@ def test_devices_exchange_gradients_keys_and_client_models_only(npz, loss, align
     fields = {"loss": loss, "align_momentum": aligned, "cohort_size": 4, "mean": (0.5,) * 3}
     config, dataset = tiny.load(npz, **{**FIELDS, **fields, "std": (0.5,) * 3})
     placement, program = make_placement(4, 1), program_of(config, axes_of(1))
-    cohort = Cohort(config, placement, program)
+    rounds = Rounds(config, placement, program)
     partition = partition_of(config, len(dataset.train.images), dataset.train.labels)
     sampler = CohortSampler(partition, config.cohort_size, config.seed)
-    first = next(dispatches(config, partition, sampler, cohort.slots, 0))
-    _, _, inputs = place_inputs(placement, dataset.train.images, first)
-    arguments = (cohort.initial_state(), inputs, *run_constants(config, placement))
+    first = next(dispatches(config, partition, sampler, rounds.slots, 0))
+    _, _, inputs = place_inputs(placement, dataset.train, program.method.labels, first)
+    arguments = (rounds.initial_state(), inputs, run_constants(config, placement))
     compiled = placement.dispatch(program, arguments[0]).lower(*arguments).compile()
 
     found = collectives(compiled.as_text())
@@ -147,8 +148,7 @@ def test_devices_exchange_gradients_keys_and_client_models_only(npz, loss, align
     gathered = sum(c.operand_bytes for c in found if c.operation == "all-gather")
     assert gathered == keys_and_mask
     state = arguments[0]
-    models = (state.server.params, state.population.params)
-    models = (*models, state.population.params) if aligned else models
+    models = (state.server.server.params, state.server.client)  # key encoders too where aligned
     reduced = sum(c.operand_bytes for c in found if c.operation == "all-reduce")
     expected = sum(x.nbytes for x in jax.tree.leaves(models))
     same_gradient = 2 * 4 * 8  # shifts of norm2 and of the shortcut: XLA may send one of two

@@ -1,5 +1,6 @@
 """The documentation holds: commands resolve to what they claim, code runs, links lead somewhere."""
 
+import json
 import re
 import shlex
 import tempfile
@@ -12,10 +13,12 @@ from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.dataset import DatasetInfo, Request
 from mocosfl_jax.data.sources import inspect_dataset
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.main import define_flags
-from mocosfl_jax.run.commandline import parse
+from mocosfl_jax.main import main
+from mocosfl_jax.run.commandline import define_flags, parse
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
+EXTENDING = ROOT / "docs" / "extending.md"
 SETTINGS = ROOT / "docs" / "settings.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 COMMAND = re.compile(r"`python -m mocosfl_jax\.main ([^`]*)`")
@@ -100,12 +103,15 @@ def test_the_other_settings_resolve():
     assert len(configs) == len(others)
 
 
+def blocks_of_extending() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", EXTENDING.read_text(), re.DOTALL)
+
+
 def test_code_of_extending_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    page = ROOT / "docs" / "extending.md"
     names = {"__name__": "extending"}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(block, str(page), "exec"), names)
+    for block in blocks_of_extending():
+        exec(compile(block, str(EXTENDING), "exec"), names)
 
     def request(location: str) -> Request:
         return Request(f"noise:{location}", location, None, None, None, 16, 0.1, 0)
@@ -118,6 +124,29 @@ def test_code_of_extending_runs(tmp_path, monkeypatch):
     mine = f"npz:{names['folder'] / 'mine.npz'}"
     info = inspect_dataset(mine, holdout_fraction=0.1, seed=0, **options)
     assert (info.num_train, info.num_test, info.num_classes) == (54, 6, 3)
+
+
+def test_the_method_of_extending_is_run_by_its_command(tmp_path, monkeypatch):
+    """Its module, its config file and its command are as the page has them, on tiny images."""
+    *_, method, config = blocks_of_extending()
+    (tmp_path / "my_methods").mkdir()
+    (tmp_path / "my_methods" / "softstart.py").write_text(method)
+    (tmp_path / "softstart_config.py").write_text(config)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (line,) = re.findall(r"python -m mocosfl_jax\.main (.*softstart.*)", EXTENDING.read_text())
+    fields = {**tiny.FIELDS, "rounds": 1, "classes_per_client": None, "probe_epochs": 0}
+    for name in ("queue_length", "syncs_per_round"):
+        del fields[name]
+    npz = tiny.write_npz(tmp_path / "images.npz")
+    tiny_flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    argv = ["main", *shlex.split(line), f"--config.dataset=npz:{npz}", *tiny_flags]
+    assert main(argv) == 0
+    stored = json.loads((tmp_path / "runs/softstart/config.json").read_text())
+    assert stored["method"] == "my_methods.softstart:SOFTSTART"
+    assert stored["softstart"] == {"rate": 0.5}
+    summary = json.loads((tmp_path / "runs/softstart/summary.json").read_text())
+    assert summary["steps"] == 6
 
 
 def anchors(text: str) -> set[str]:

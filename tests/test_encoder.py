@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from mocosfl_jax.config import Config
-from mocosfl_jax.config.build import model_of
+from mocosfl_jax.config.network import model_of
 from mocosfl_jax.data.sources import load_dataset
 from mocosfl_jax.encoder import Encoder, encoder_step, load_encoder, save_encoder
 from mocosfl_jax.errors import InputError

@@ -73,16 +73,24 @@ def test_the_compiler_needs_more_for_more_convolutions():
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_a_step_holds_the_activations_of_one_part(chunks):
+def test_a_step_holds_what_one_part_needs(chunks):
+    """That of a cohort as large as the part, and the gradient to which parts add theirs."""
     config = resolved(cohort_chunks=chunks)
-    sizes, whole = plan(config), plan(resolved())
-    assert sizes.activation_bytes == whole.activation_bytes // chunks
-    views, gradients = 2 * (6 * 5) * PIXELS * 4, 6 * CLIENT * 4
-    server_models = 3 if chunks == 1 else 4
-    expected = views + gradients + server_models * 4 * sizes.server_params
-    found = estimate_memory(config, INFO, sizes)
-    assert found.step == sizes.activation_bytes + expected
+    sizes, part = plan(config), plan(resolved(cohort_size=6 // chunks))
+    added_up = 4 * sizes.server_params if chunks > 1 else 0
+    assert sizes.step_bytes == part.step_bytes + added_up
+    views = 2 * (6 * 5) * PIXELS * 4
+    assert estimate_memory(config, INFO, sizes).step == sizes.step_bytes + views
     assert sizes.client_params == CLIENT
+
+
+def test_a_step_holds_gradients_and_new_models_whatever_the_batch():
+    """Of the clients a gradient each; of the server a gradient and two models."""
+    two, four = (plan(resolved(batch_size=n)) for n in (2, 4))
+    without_rows = 2 * two.step_bytes - four.step_bytes
+    models = 4 * (6 * CLIENT + 3 * two.server_params)
+    kernels = 4 * (6 * CLIENT + two.server_params)  # backward passes keep some, perhaps twice
+    assert models + kernels / 2 < without_rows < models + 4 * kernels
 
 
 def test_the_largest_piece_of_an_evaluation_counts():

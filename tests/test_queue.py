@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mocosfl_jax.learning.queue import Queue, enqueue, init_private_queues, init_queue
+from mocosfl_jax.learning.queue import Queue, enqueue, init_queue
 
 LENGTH, WIDTH = 7, 3
 
@@ -76,11 +76,3 @@ def test_a_new_queue_holds_distinct_unit_rows():
     assert len(np.unique(np.asarray(queue.keys), axis=0)) == LENGTH
     other = init_queue(jax.random.key(4), LENGTH, WIDTH)
     assert np.abs(queue.keys - other.keys).max() > 0.1
-
-
-def test_private_queues_share_the_length_and_differ():
-    queues = init_private_queues(jax.random.key(3), 3, 17, WIDTH)
-    assert queues.keys.shape == (3, 5, WIDTH)
-    np.testing.assert_array_equal(queues.ptr, [0, 0, 0])
-    np.testing.assert_allclose(np.linalg.norm(queues.keys, axis=-1), 1, rtol=1e-6)
-    assert len(np.unique(np.asarray(queues.keys).reshape(-1, WIDTH), axis=0)) == 15

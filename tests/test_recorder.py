@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from mocosfl_jax.federated.contract import Metric
 from mocosfl_jax.federated.dispatch import DispatchOutput
 from mocosfl_jax.run import recorder
 from mocosfl_jax.run.checkpoint import Clock
@@ -33,10 +34,12 @@ def dispatch(step: int, mask: list[list[list[int]]]) -> SimpleNamespace:
     return SimpleNamespace(round=0, step=step, mask=np.array(mask, bool))
 
 
-def output(*loss: float, finite: bool = True) -> DispatchOutput:
+def output(*loss: float, finite: bool = True, **metrics: Metric) -> DispatchOutput:
+    """Losses as means over two rows, and other metrics of each step."""
     steps = len(loss)
     rates = np.linspace(0.5, 0.25, steps, dtype=np.float32)
-    return DispatchOutput(np.array(loss), np.zeros(steps), rates, np.array(finite))
+    means = {"loss": Metric(2 * np.array(loss), np.full(steps, 2.0))}
+    return DispatchOutput({**means, **metrics}, rates, np.array(finite))
 
 
 FULL, HALF = [[1, 1], [1, 1]], [[1, 0], [1, 1]]  # two clients of two images; one has only one
@@ -65,6 +68,17 @@ def test_each_dispatch_takes_from_the_end_of_the_one_before_to_its_own(ended):
     assert [values["learning_rate"] for _, values in notes.lines] == [0.5, 0.25, 0.5]
     assert clock.train_seconds == pytest.approx(102.5, abs=0.01)
     assert clock.trained_images == 7 + 7 + 3
+
+
+def test_metrics_are_divided_and_logged_where_they_have_a_weight(ended):
+    ended += [time.monotonic()]
+    settled, notes = make(Clock())
+    rare = Metric(np.array([0.0, 3.0, 0.0]), np.array([0.0, 4.0, 0.0]))
+    settled.push(dispatch(0, [FULL] * 3), output(3.0, 2.0, 1.0, rare=rare))
+    settled.drain()
+    settled.close()
+    assert [values["loss"] for _, values in notes.lines] == [3.0, 2.0, 1.0]
+    assert [values.get("rare") for _, values in notes.lines] == [None, 0.75, None]
 
 
 def test_what_is_not_finite_is_not_logged(ended):

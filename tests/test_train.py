@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import load_encoder
-from mocosfl_jax.federated import placement
-from mocosfl_jax.config.build import program_of
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.federated import placement
 from mocosfl_jax.federated.dispatch import run_dispatch
+from mocosfl_jax.run.program import program_of
 from mocosfl_jax.run.progress import Progress
 from mocosfl_jax.run.workdir import WorkDir
 from mocosfl_jax.train import Interrupted, NonFiniteError, train
@@ -108,7 +108,7 @@ def test_queue_pointer_and_step_count(whole, npz):
     state = tiny.saved_state(whole, npz)
     assert int(state.step) == 18
     # 4 clients * 3 images * 2 views a step; both losses' keys
-    assert int(state.queue.ptr) == 18 * 24 % 32
+    assert int(state.server.queue.ptr) == 18 * 24 % 32
 
 
 @pytest.fixture
@@ -247,8 +247,8 @@ def test_encoder_is_the_trained_network(whole, npz):
     train_pixels = dataset.train.images.astype(np.float64) / 255
     mean, std = train_pixels.mean(axis=(0, 1, 2)), train_pixels.std(axis=(0, 1, 2))
     images = ((pixels - mean) / std).astype(np.float32)
-    latents = model.latents(state.population.params, images)
-    want = model.features(state.server.params, latents)
+    latents = model.latents(state.server.client.params, images)
+    want = model.features(state.server.server.params, latents)
     encoder = load_encoder(whole)
     np.testing.assert_allclose(encoder(dataset.test.images), want, rtol=1e-4, atol=1e-5)
     unit = encoder.embed(dataset.test.images)

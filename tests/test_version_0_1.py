@@ -1,9 +1,11 @@
 """What version 0.1.0 left behind loads, resumes and answers.
 
-`tests/version_0_1` holds two work directories stopped by SIGTERM at step 9 of 12, in the middle of
-round 2: `persistent` clients with momentum models of their own, and `private_queues`. Beside each
-lies the encoder of the same run without the stop; `answers.npz` has what that encoder says, and
-the losses and kNN accuracy of both uninterrupted runs (seed 0, JAX 0.10.2 on a CPU, 2026-11-24).
+`tests/version_0_1` holds work directories stopped by SIGTERM at step 9 of 12, in the middle of
+round 2. Version 0.1.0 wrote `persistent`, whose clients have momentum models of their own, and
+`private_queues`. `before_layout` was written after it, by the last state of the package before
+checkpoints said their layout: it has a seal, and aligned clients. Beside each lies the encoder of
+the same run without the stop; `answers.npz` has what that of `persistent` says, and the losses and
+kNN accuracy of the uninterrupted runs (seed 0, JAX 0.10.2 on a CPU, 2026-11-24 and 2026-11-26).
 """
 
 import json
@@ -16,7 +18,7 @@ from safetensors.numpy import load_file
 
 from mocosfl_jax import load_encoder
 from mocosfl_jax.config import check_types, default_config
-from mocosfl_jax.config.build import data_options
+from mocosfl_jax.config.data import data_options
 from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.sources import inspect_dataset, load_dataset
 from mocosfl_jax.run.workdir import WorkDir
@@ -37,7 +39,11 @@ FIELDS = {
     "probe_epochs": 0,
     "keep_checkpoints": 1,
 }
-RUNS = {"persistent": {}, "private_queues": {"feature_sharing": False, "loss": "one_way"}}
+RUNS = {
+    "persistent": {},
+    "private_queues": {"feature_sharing": False, "loss": "one_way"},
+    "before_layout": {"blocks_per_stage": (1,), "loss": "client", "align_momentum": True},
+}
 
 
 def resume(workdir: Path, **fields) -> dict:

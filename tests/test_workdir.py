@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mocosfl_jax.config import check_types, default_config
-from mocosfl_jax.config.build import data_options, deal
+from mocosfl_jax.config.data import data_options, deal
 from mocosfl_jax.data.sources import prepare_dataset
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.processes import Startup

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import numpy as np
-from mocosfl_jax.run.program import program_of
 
 from mocosfl_jax.config import Resolved, check_types, default_config, resolve
 from mocosfl_jax.config.data import data_options
 from mocosfl_jax.data.sources import Dataset, inspect_dataset, load_dataset
 from mocosfl_jax.federated.placement import single_device
 from mocosfl_jax.run.checkpoint import Identity, data_digest, find_newest
-from mocosfl_jax.run.rounds import Cohort
+from mocosfl_jax.run.program import program_of
+from mocosfl_jax.run.rounds import Rounds
 from mocosfl_jax.run.workdir import read_stored
 
 FIELDS = {
@@ -69,10 +69,10 @@ def load(npz: Path, **fields) -> tuple[Resolved, Dataset]:
 def saved_state(folder: Path, npz: Path, **fields):
     """State of the newest checkpoint of a run, read with one device; it must pass all checks."""
     config, _ = load(npz, **fields)
-    cohort = Cohort(config, single_device(), program_of(config))
+    rounds = Rounds(config, single_device(), program_of(config))
     stored = read_stored(folder)
     identity = Identity(stored.config, data_digest(stored.data))
-    shapes = cohort.abstract_unpadded()
+    shapes = rounds.abstract_unpadded()
     found = find_newest(folder / "checkpoints", shapes, identity)
     assert not found.bad
     return found.restored.state

@@ -222,23 +222,6 @@ def two_views(
     return views_2BHWC[0], views_2BHWC[1]
 
 
-def one_view(
-    keys_B: jax.Array,
-    images_BHWC: jax.Array,
-    config: AugmentConfig,
-    mean: ChannelValues,
-    std: ChannelValues,
-) -> tuple[jax.Array]:
-    """Makes one view of each image; arguments as `two_views`."""
-    views = jax.vmap(lambda key, image: augment(key, image, config, mean, std))
-    return (views(keys_B, images_BHWC),)
-
-
-def no_views(images_BHWC: jax.Array, mean: ChannelValues, std: ChannelValues) -> tuple[jax.Array]:
-    """The uint8 images themselves, normalised, float32."""
-    return (normalise(images_BHWC.astype(jnp.float32) / 255, mean, std),)
-
-
 def _check(name: str, value: object, fits: bool, allowed: str) -> None:
     if not fits:
         raise InputError(f"augment.{name}", value, allowed)

@@ -100,15 +100,18 @@ def check_labelled(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _encode_batch(apply_fn: ApplyFn, placement: Placement, params: PyTree, *arrays: Any) -> PyTree:
-    """The rows of a batch on all devices, the outputs whole on each."""
+    """The rows of a batch on all devices, the outputs replicated."""
 
     def rows(params: PyTree, images: jax.Array, mean_C: jax.Array, std_C: jax.Array) -> PyTree:
         scaled = images.astype(jnp.float32) / 255.0
         return apply_fn(params, (scaled - mean_C[None, None, None]) / std_C[None, None, None])
 
-    split, whole = placement.rows().spec, placement.replicated.spec
+    split, replicated = placement.rows().spec, placement.replicated.spec
     spread = jax.shard_map(
-        rows, mesh=placement.mesh, in_specs=(whole, split, whole, whole), out_specs=split
+        rows,
+        mesh=placement.mesh,
+        in_specs=(replicated, split, replicated, replicated),
+        out_specs=split,
     )
     return jax.lax.with_sharding_constraint(spread(params, *arrays), placement.replicated)
 

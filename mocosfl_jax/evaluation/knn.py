@@ -99,10 +99,10 @@ def knn_top1(
         raise InputError("chunk_size", chunk_size, ">= 1")
 
     placement = placement or single_device()
-    whole, rows = placement.replicated, placement.rows()
+    replicated, rows = placement.replicated, placement.rows()
     vote = _spread_vote(placement, num_classes, k, temperature)
-    bank = unit_rows(placement.put_array(bank_ND, whole))
-    bank_labels = placement.put_array(bank_labels_N, whole)
+    bank = unit_rows(placement.put_array(bank_ND, replicated))
+    bank_labels = placement.put_array(bank_labels_N, replicated)
     at_once = chunk_size * placement.devices
     correct = 0
     for start in range(0, len(features_MD), at_once):
@@ -121,15 +121,15 @@ def knn_top1(
 def _spread_vote(
     placement: Placement, num_classes: int, k: int, temperature: float
 ) -> Callable[..., jax.Array]:
-    """`_vote` with the queries split over the devices, the scores whole on each."""
-    whole, rows = placement.replicated, placement.rows()
+    """`_vote` with the queries sharded over the devices, the scores replicated."""
+    replicated, rows = placement.replicated, placement.rows()
     spread = jax.shard_map(
         partial(_vote, num_classes=num_classes, k=k, temperature=temperature),
         mesh=placement.mesh,
-        in_specs=(rows.spec, whole.spec, whole.spec),
+        in_specs=(rows.spec, replicated.spec, replicated.spec),
         out_specs=rows.spec,
     )
-    return jax.jit(lambda *arrays: jax.lax.with_sharding_constraint(spread(*arrays), whole))
+    return jax.jit(lambda *arrays: jax.lax.with_sharding_constraint(spread(*arrays), replicated))
 
 
 @jax.jit

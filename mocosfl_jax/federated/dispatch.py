@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mocosfl_jax.data.augment import AugmentConfig, no_views, one_view, two_views
+from mocosfl_jax.data.augment import AugmentConfig, augment, normalise, two_views
 from mocosfl_jax.federated.contract import Batch, Method, Metrics, Normalisation
 from mocosfl_jax.federated.state import TrainState
 
@@ -126,12 +126,16 @@ def _views(
     mean, std = constants.normalisation
     views: tuple[jax.Array, ...]
     if program.method.views == 0:
-        views = no_views(images, mean, std)
+        views = (normalise(images.astype(jnp.float32) / 255, mean, std),)
     else:
         client_keys = _client_keys(constants.augment_key, state)
         keys_CB = jax.vmap(lambda key: jax.random.split(key, batch_size))(client_keys)
-        augment = two_views if program.method.views == 2 else one_view
-        views = augment(keys_CB.reshape(-1), images, program.augment, mean, std)
+        keys = keys_CB.reshape(-1)
+        if program.method.views == 2:
+            views = two_views(keys, images, program.augment, mean, std)
+        else:
+            one_view = jax.vmap(lambda key, x: augment(key, x, program.augment, mean, std))
+            views = (one_view(keys, images),)
     return tuple(v.reshape(slots, batch_size, *v.shape[1:]) for v in views)
 
 

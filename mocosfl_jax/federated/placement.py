@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,7 +22,14 @@ from mocosfl_jax.federated.axes import Axes
 from mocosfl_jax.federated.contract import Method, Tree
 from mocosfl_jax.federated.dispatch import Constants, DispatchOutput, Images, Program, run_dispatch
 from mocosfl_jax.federated.population import gather, scatter
-from mocosfl_jax.federated.state import TrainState, begin_round, leaving
+from mocosfl_jax.federated.state import (
+    TrainState,
+    begin_round,
+    end_round,
+    leaving,
+    populate,
+    without_cohort,
+)
 
 ROWS = ("clients", "server")
 """Names of the mesh axes; `server` is the one over which server parameters may be sharded."""
@@ -101,44 +109,85 @@ class Placement:
         return TrainState(
             step=once,
             server=jax.tree.map(server, may_be, state.server),
-            population=jax.tree.map(self._population_spec, state.population),
+            population=self._population_specs(state),
             cohort_ids=slots,
             cohort=jax.tree.map(lambda _: P(ROWS), state.cohort),
         )
 
-    def _population_spec(self, leaf: Any) -> P:
-        return P(ROWS) if self.is_sharded(leaf) else P()
+    def _population_specs(self, state: TrainState) -> Tree:
+        return jax.tree.map(lambda sharded: P(ROWS) if sharded else P(), self._sharded(state))
+
+    def _sharded(self, state: TrainState) -> Tree:
+        return jax.tree.map(self.is_sharded, state.population)
 
     # ----------------------------------------------------------------------- programs on the mesh
 
+    def create(
+        self,
+        method: Method,
+        params_key: jax.Array,
+        state_key: jax.Array,
+        num_clients: int,
+        slots: int,
+    ) -> TrainState:
+        """`create_state` on the mesh, to be jitted: sharded leaves have `population_rows`.
+
+        Args: as `create_state`; slots: a multiple of the devices.
+        """
+        server = method.init(params_key, state_key)
+        keys_N = jax.random.split(state_key, num_clients)
+        state = without_cohort(server, self._populate(method, server, keys_N), slots)
+        return self.begin(method, state)(state, state.cohort_ids)
+
+    def _populate(self, method: Method, server: Tree, keys_N: jax.Array) -> Tree:
+        """`populate`, where each device makes its own rows of sharded leaves."""
+        shapes = jax.eval_shape(functools.partial(populate, method), server, keys_N)
+        sharded = jax.tree.map(self.is_sharded, shapes)
+        rows = self.population_rows(len(keys_N))
+        padded = keys_N[jnp.minimum(jnp.arange(rows), len(keys_N) - 1)]
+
+        def block(server: Tree, keys_N: jax.Array, own_keys: jax.Array) -> Tree:
+            complete = populate(method, server, keys_N)
+            own = Axes(ROWS).vary(populate(method, server, own_keys))
+            return jax.tree.map(lambda s, x, y: y if s else x, sharded, complete, own)
+
+        make = jax.shard_map(
+            block,
+            mesh=self.mesh,
+            in_specs=(P(), P(), P(ROWS)),
+            out_specs=jax.tree.map(lambda s: P(ROWS) if s else P(), sharded),
+        )
+        return make(server, keys_N, padded)
+
     def begin(self, method: Method, state: TrainState) -> Callable[..., TrainState]:
         """`begin_round` on the mesh, to be jitted: (state, ids) to the new state."""
-        specs = self._state_specs(method, state).population
-        sharded = jax.tree.map(self.is_sharded, state.population)
+        if self.devices == 1:
+            return functools.partial(begin_round, method)
         take = jax.shard_map(
-            functools.partial(gather, sharded=sharded, axes=Axes(ROWS)),
+            functools.partial(gather, sharded=self._sharded(state), axes=Axes(ROWS)),
             mesh=self.mesh,
-            in_specs=(specs, P(ROWS)),
+            in_specs=(self._population_specs(state), P(ROWS)),
             out_specs=P(ROWS),
         )
         return lambda state, ids_C: begin_round(method, state, ids_C, take(state.population, ids_C))
 
     def end(self, method: Method, state: TrainState) -> Callable[..., TrainState]:
         """`end_round` on the mesh, to be jitted: from the state to the new one."""
-        specs = self._state_specs(method, state).population
-        sharded = jax.tree.map(self.is_sharded, state.population)
+        if self.devices == 1:  # the cohort's rows are written without a copy
+            return functools.partial(end_round, method)
+        specs = self._population_specs(state)
         put = jax.shard_map(
-            functools.partial(scatter, sharded=sharded, axes=Axes(ROWS)),
+            functools.partial(scatter, sharded=self._sharded(state), axes=Axes(ROWS)),
             mesh=self.mesh,
             in_specs=(specs, P(ROWS), P(ROWS)),
             out_specs=specs,
         )
 
-        def end_round(state: TrainState) -> TrainState:
+        def end(state: TrainState) -> TrainState:
             kept: Tree = leaving(method, state)
             return state.replace(population=put(state.population, state.cohort_ids, kept))
 
-        return end_round
+        return end
 
     def dispatch(self, program: Program, state: TrainState) -> Callable[..., Any]:
         """`run_dispatch` on the mesh, jitted: (state, inputs, constants) to the new state, whose

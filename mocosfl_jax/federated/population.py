@@ -1,9 +1,10 @@
 """Rows of the population to and from the cohort's slots, without ever holding all of either.
 
 On a mesh, slots are spread over all devices. A population leaf is replicated if it is small, else
-sharded over N, each device with an equal block of clients. Sharded rows travel in a ring: each
-device passes its slots on, and who owns the client of a slot fills it, or reads it. So a device
-holds its own block of clients, its own slots, and one neighbour's slots at a time.
+sharded over N, each device with an equal block of clients, rows of no client at the end. Sharded
+rows travel in a ring: each device passes its slots on, and the device that has the client of a slot
+fills it, or reads it. So a device holds its own block of clients, its own slots, and those of one
+neighbour at a time, leaf by leaf.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ Tree = Any
 
 
 def gather(population: Tree, ids_C: jax.Array, sharded: Tree = None, axes: Axes = NO_MESH) -> Tree:
-    """The rows of this device's slots; those of padding slots are arbitrary.
+    """The rows of this device's slots; padding slots get the last row, which may be out of date.
 
     Args:
       population: leaves (N, ...), or this device's block of them where sharded.
@@ -64,8 +65,9 @@ def _gather_ring(block: jax.Array, ids_C: jax.Array, axes: Axes) -> jax.Array:
         taken = jnp.take(block, local, axis=0, mode="clip")
         return ids, jnp.where(owned.reshape(-1, *[1] * (block.ndim - 1)), taken, rows)
 
-    empty = axes.vary(jnp.zeros((ids_C.shape[0], *block.shape[1:]), block.dtype))
-    return _around(fill, (axes.vary(ids_C), empty), axes)[1]
+    last = axes.size() * block.shape[0] - 1
+    empty = jnp.zeros((ids_C.shape[0], *block.shape[1:]), block.dtype)
+    return _around(fill, axes.vary((jnp.minimum(ids_C, last), empty)), axes)[1]
 
 
 def _scatter_ring(block: jax.Array, ids_C: jax.Array, new_C: jax.Array, axes: Axes) -> jax.Array:

@@ -34,13 +34,28 @@ class TrainState(flax.struct.PyTreeNode):
 def create_state(
     method: Method, params_key: jax.Array, state_key: jax.Array, num_clients: int, slots: int
 ) -> TrainState:
-    """The state before the first step; the cohort is a placeholder until `begin_round`."""
+    """The state before the first step; the cohort is a placeholder until `begin_round`.
+
+    Args:
+      params_key, state_key: see `Method.init`; each client's own key is split from `state_key`.
+      num_clients: N.
+      slots: C.
+    """
     server = method.init(params_key, state_key)
-    keys_N = jax.random.split(state_key, num_clients)
-    population = jax.vmap(method.own, in_axes=(None, 0))(server, keys_N)
+    population = populate(method, server, jax.random.split(state_key, num_clients))
+    state = without_cohort(server, population, slots)
+    return begin_round(method, state, state.cohort_ids)
+
+
+def populate(method: Method, server: Tree, keys_N: jax.Array) -> Tree:
+    """What clients keep before their first round, (N, ...), from the key of each."""
+    return jax.vmap(method.own, in_axes=(None, 0))(server, keys_N)
+
+
+def without_cohort(server: Tree, population: Tree, slots: int) -> TrainState:
+    """A state at step 0 whose cohort has ids, those of the first clients, and nothing else."""
     ids_C = jnp.arange(slots, dtype=jnp.int32)
-    state = TrainState(jnp.zeros((), jnp.int32), server, population, ids_C, None)
-    return begin_round(method, state, ids_C)
+    return TrainState(jnp.zeros((), jnp.int32), server, population, ids_C, None)
 
 
 def begin_round(

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -215,7 +216,8 @@ _NOT_ITS_FAULT = (
 def _check_readable(path: Path, error: Exception) -> None:
     """Raises: InputError: a file could not be read, which does not mean that it is damaged."""
     denied = isinstance(error, OSError) and error.errno in _NOT_ITS_FAULT
-    if denied or isinstance(error, MemoryError) or "Permission denied" in reason(error):
+    denied = denied or re.search("permission.denied", str(error), re.IGNORECASE) is not None
+    if denied or isinstance(error, MemoryError):
         raise InputError(str(path), reason(error), "a readable checkpoint is needed") from None
 
 
@@ -290,7 +292,7 @@ class Checkpoints:
 
     A checkpoint appears under its step only when complete, so a killed process leaves the one
     before. The digest is computed, and Orbax is called, in a thread: the loop launches the next
-    dispatch meanwhile. Of several processes Orbax needs the main threads, in their order.
+    dispatch meanwhile. With several processes Orbax is called from each main thread, in one order.
     """
 
     def __init__(self, folder: Path, keep: int, identity: Identity):

@@ -14,7 +14,7 @@ from mocosfl_jax.data.dataset import Split
 from mocosfl_jax.federated.contract import Normalisation, Tree
 from mocosfl_jax.federated.dispatch import Constants, Images, Program
 from mocosfl_jax.federated.placement import Placement
-from mocosfl_jax.federated.state import TrainState, create_state, resize, with_slots
+from mocosfl_jax.federated.state import PADDING, TrainState, create_state
 from mocosfl_jax.models.split import Variables
 from mocosfl_jax.randomness import Stream, device_key
 from mocosfl_jax.run.feed import Dispatch
@@ -66,6 +66,9 @@ class Rounds:
 
     On the devices the cohort's slots are padded to fill all devices, and so are the rows of a
     population leaf that is sharded over N. What is saved has no padding.
+
+    begin: (state, ids of the slots) to the state at a round's start. end: from the state after the
+    last step to that between rounds. Both are jitted, and both donate the state.
     """
 
     def __init__(self, config: Resolved, placement: Placement, program: Program):
@@ -73,65 +76,46 @@ class Rounds:
         multiple = placement.devices * method.chunks
         self.slots = -(-config.cohort_size // multiple) * multiple
         self._config, self._placement, self._method = config, placement, method
-        self._shapes = jax.eval_shape(self._padded_initial)
+        self._shapes = jax.eval_shape(self._initial)
+        self._unpadded_shapes = jax.eval_shape(self._unpadded_initial)
         self._shardings = placement.state_shardings(method, self._shapes)
         jit = partial(jax.jit, donate_argnums=0, out_shardings=self._shardings)
         self.begin = jit(placement.begin(method, self._shapes))
         self.end = jit(placement.end(method, self._shapes))
-        # What has rows of the cohort is saved without padding; the population is treated apart.
-        on_devices = self._shardings.replace(population=None)
-        self._saved = on_devices
-        if self.slots != config.cohort_size:  # what is saved does not fill the devices
-            replicated = jax.tree.map(lambda _: placement.replicated, on_devices.cohort)
-            self._saved = on_devices.replace(cohort=replicated, cohort_ids=placement.replicated)
-        cut, pad = (
-            partial(with_slots, slots=config.cohort_size),
-            partial(with_slots, slots=self.slots),
-        )
-        self._cut = jax.jit(cut, out_shardings=self._saved)
-        self._pad = jax.jit(pad, out_shardings=on_devices)
+        self._network_in_round = jax.jit(self._mean_network)
 
     # ---------------------------------------------------------------------- start, save, restore
 
     def initial_state(self) -> TrainState:
         """The state before the first step, from the seed."""
-        state = jax.jit(self._padded_initial, out_shardings=self._shardings)()
+        state = jax.jit(self._initial, out_shardings=self._shardings)()
         return jax.tree.map(jnp.copy, state)  # equal parts share buffers, which donation forbids
 
     def unpadded(self, state: TrainState) -> TrainState:
         """A copy without padding, as it is saved: the same for every number of devices.
 
-        Population leaves that need padding come as NumPy arrays, so that no device holds all rows.
+        Leaves that have padding come as NumPy arrays: on the devices such a number of rows could
+        only be replicated.
         """
-        population = jax.tree.map(self._without_padding, state.population)
-        others = state.replace(population=None)
-        fits = self.slots == self._config.cohort_size
-        others = jax.tree.map(jnp.copy, others) if fits else self._cut(others)
-        return others.replace(population=population)
+        return jax.tree.map(_without_padding, state, self._unpadded_shapes)
 
     def abstract_unpadded(self) -> TrainState:
         """Shapes of what is saved, with shardings; leaves that need padding are NumPy arrays."""
 
-        def leaf(x: Any, sharding: Any) -> Any:
+        def leaf(x: Any, padded: Any, sharding: Any) -> Any:
+            if x.shape != padded.shape:
+                return np.empty(x.shape, x.dtype)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        others = jax.eval_shape(self._cut, self._shapes.replace(population=None))
-        population = jax.tree.map(
-            lambda x, sharding: self._host_leaf(x) if self._needs_padding(x) else leaf(x, sharding),
-            self._shapes.population,
-            self._shardings.population,
-        )
-        return jax.tree.map(leaf, others, self._saved).replace(population=population)
+        return jax.tree.map(leaf, self._unpadded_shapes, self._shapes, self._shardings)
 
     def padded(self, state: TrainState) -> TrainState:
         """A restored state on the devices, with padding."""
-        population = jax.tree.map(
-            self._with_padding,
-            state.population,
-            self._shapes.population,
-            self._shardings.population,
+        missing = self.slots - self._config.cohort_size
+        ids = np.pad(np.asarray(state.cohort_ids), (0, missing), constant_values=PADDING)
+        return jax.tree.map(
+            self._with_padding, state.replace(cohort_ids=ids), self._shapes, self._shardings
         )
-        return self._pad(state.replace(population=None)).replace(population=population)
 
     # --------------------------------------------------------------------------------- questions
 
@@ -139,9 +123,11 @@ class Rounds:
         """The network that is evaluated and exported at a step."""
         if step % self._config.steps_per_round == 0:
             return self._method.network(state.server, None)
+        return self._network_in_round(state.server, state.cohort)
+
+    def _mean_network(self, server: Tree, cohort: Tree) -> Variables:
         participants = slice(self._config.cohort_size)
-        cohort = jax.tree.map(lambda x: x[participants], state.cohort)
-        return self._method.network(state.server, cohort)
+        return self._method.network(server, jax.tree.map(lambda x: x[participants], cohort))
 
     def bytes_a_device(self) -> dict[str, int]:
         """Memory of the parts of the state on one device, by their names: `population`, `cohort`,
@@ -161,41 +147,44 @@ class Rounds:
 
     # ----------------------------------------------------------------------------------- padding
 
-    def _padded_initial(self) -> TrainState:
-        """With rows for all devices; pure."""
-        config, clients = self._config, self._config.num_clients
-        state = create_state(
-            self._method,
-            device_key(config.seed, Stream.INIT),
-            device_key(config.seed, Stream.STATE),
-            clients,
-            self.slots,
+    def _initial(self) -> TrainState:
+        """With padding; pure."""
+        return self._placement.create(
+            self._method, *self._keys(), self._config.num_clients, self.slots
         )
-        rows = self._placement.population_rows(clients)
-        population = jax.tree.map(
-            lambda x: resize(x, rows) if self._placement.is_sharded(x) else x, state.population
-        )
-        return state.replace(population=population)
 
-    def _needs_padding(self, leaf: Any) -> bool:
-        """Whether a population leaf, as it is on the devices, has rows of no client."""
-        return leaf.shape[0] != self._config.num_clients
+    def _unpadded_initial(self) -> TrainState:
+        config = self._config
+        return create_state(self._method, *self._keys(), config.num_clients, config.cohort_size)
 
-    def _host_leaf(self, leaf: Any) -> np.ndarray:
-        return np.empty((self._config.num_clients, *leaf.shape[1:]), leaf.dtype)
-
-    def _without_padding(self, leaf: jax.Array) -> Tree:
-        if not self._needs_padding(leaf):
-            return jnp.copy(leaf)
-        if leaf.is_fully_addressable:
-            rows = np.asarray(leaf)
-        else:
-            rows = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-        return rows[: self._config.num_clients]
+    def _keys(self) -> tuple[jax.Array, jax.Array]:
+        """For parameters, and for the rest of the state."""
+        seed = self._config.seed
+        return device_key(seed, Stream.INIT), device_key(seed, Stream.STATE)
 
     def _with_padding(self, leaf: Any, shape: Any, sharding: Any) -> jax.Array:
-        if not self._needs_padding(shape):
+        """Further rows repeat the last one."""
+        if isinstance(leaf, jax.Array):
             return leaf
-        missing = shape.shape[0] - self._config.num_clients
-        rows = np.pad(np.asarray(leaf), [(0, missing), *[(0, 0)] * (leaf.ndim - 1)], mode="edge")
+        rows = np.pad(
+            leaf,
+            [(0, shape.shape[0] - leaf.shape[0]), *[(0, 0)] * (leaf.ndim - 1)],
+            mode="edge",
+        )
         return self._placement.put_array(rows, sharding)
+
+
+def _without_padding(leaf: jax.Array, unpadded: Any) -> Any:
+    """A copy of a leaf's first rows; on the host, if there are others.
+
+    With several processes such a leaf passes through every device, one leaf at a time.
+    """
+    if leaf.shape == unpadded.shape:
+        return jnp.copy(leaf)
+    if leaf.is_fully_addressable:
+        rows = np.asarray(leaf)
+    else:
+        rows = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return rows[
+        : unpadded.shape[0]
+    ].copy()  # the next round's program is given the leaf's own memory

@@ -62,7 +62,7 @@ class StopRequest:
 
 
 class JointStopRequest(StopRequest):
-    """Of several processes, any of which may get the signal.
+    """Shared by several processes, any of which may get the signal.
 
     A thread on each looks for the notice that one was asked to stop. Then it keeps its main thread
     from asking on (by the lock), says how many calls were answered, waits for the other threads to

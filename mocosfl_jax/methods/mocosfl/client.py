@@ -40,8 +40,15 @@ class ExtraGradient(Protocol):
     ) -> tuple[jax.Array, Any, Totals]:
         """The gradient with respect to the query latents, the new state, and metrics.
 
-        Args: pixels: (B', S, S, 3), of the query rows, in [0, 1]. latents: (B', h, w, c), as
-          sent. mask: (B',) bool.
+        Args:
+          state: after the client's last step.
+          pixels: (B', S, S, 3) float32, of the query rows, in [0, 1].
+          latents: (B', h, w, c), of the query rows, as they were sent.
+          mask: (B',) bool, rows that count. The gradient of other rows must be 0, and metrics must
+            leave them out: all rows of a padding slot are such rows.
+          key: a PRNG key of this client and step.
+        Returns: the gradient, (B', h, w, c); the new state, of the same form; metrics with the same
+          names in every step, other than `loss` and `accuracy`.
         """
 
 
@@ -53,6 +60,7 @@ class ClientSide:
     both_views: each encoder sees both views, 2B rows (MonAcoSFL). frozen: the model is not trained.
     release: what is done to latents before they are sent; None: nothing.
     extra_gradient: what the client adds to the gradient that it is sent; None: nothing.
+    Raises: ValueError: an extra gradient for a model that is not trained.
     """
 
     net: nn.Module
@@ -62,6 +70,10 @@ class ClientSide:
     frozen: bool = False
     release: Release | None = None
     extra_gradient: ExtraGradient | None = None
+
+    def __post_init__(self) -> None:
+        if self.frozen and self.extra_gradient is not None:
+            raise ValueError("a frozen client has no use for an extra gradient")
 
     @property
     def draws(self) -> bool:
