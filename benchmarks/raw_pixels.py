@@ -12,7 +12,7 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from mocosfl_jax.config import Config, check_types
+from mocosfl_jax.config import Resolved, check_types
 from mocosfl_jax.config.data import data_options
 from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.dataset import channel_stats
@@ -28,7 +28,7 @@ from mocosfl_jax.evaluation.protocols import (
 from mocosfl_jax.evaluation.raw_pixels import raw_pixel_features, raw_pixel_top1
 
 
-def measure(config: Config, data: EvaluationData) -> dict[str, float]:
+def measure(config: Resolved, data: EvaluationData) -> dict[str, float]:
     """Top-1 in percent of both protocols."""
     mean, std = (tuple(map(float, values)) for values in channel_stats(data.train.images))
 

@@ -5,7 +5,7 @@ import json
 import os
 import reprlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
@@ -260,14 +260,19 @@ def _config_of(description: _Description) -> Config:
             versions = f"{version}, this is {__version__}"
             raise ValueError(f"a newer version wrote the field {name!r} ({versions})")
     config = config_from_json(fields, "metadata")
-    may_be_unset = set(OPTIONAL_FIELDS) - default_fields(config.backbone, config.image_size).keys()
-    for name in _FIELDS:
-        if getattr(config, name) is None and name not in may_be_unset:
-            raise ValueError(f"field {name!r} is missing")
+    _check_present(config, set(_FIELDS) - set(OPTIONAL_FIELDS))
     check_fields(config)
+    _check_present(config, default_fields(config.backbone, config.image_size).keys())
     if 12 * config.image_size**2 > machine_memory_bytes():
         raise ValueError(f"field 'image_size' is {config.image_size}: no image of it fits memory")
     return config
+
+
+def _check_present(config: Config, names: Collection[str]) -> None:
+    """Raises: ValueError: names a field that is unset."""
+    for name in sorted(names):
+        if getattr(config, name) is None:
+            raise ValueError(f"field {name!r} is missing")
 
 
 def _arrange(tensors: dict[str, np.ndarray], model: SplitModel) -> Variables:

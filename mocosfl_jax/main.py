@@ -108,6 +108,7 @@ def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Resolved, Prepar
     from mocosfl_jax.config.checks import check_fields
     from mocosfl_jax.config.data import data_options, deal
     from mocosfl_jax.data.sources import prepare_dataset
+    from mocosfl_jax.run.program import check_labels, program_of
 
     config = check_types(raw)
     check_fields(config)
@@ -116,6 +117,7 @@ def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Resolved, Prepar
         config = dataclasses.replace(config, holdout_fraction=stored.config.holdout_fraction)
     prepared = prepare_dataset(config.dataset, **data_options(config))
     config, _ = deal(config, prepared)
+    check_labels(config, program_of(config), prepared.info)
     return config, prepared
 
 

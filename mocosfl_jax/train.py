@@ -40,7 +40,7 @@ from mocosfl_jax.run.metrics import (
 )
 from mocosfl_jax.run.plan import check_clients_fit, check_fits
 from mocosfl_jax.run.processes import Startup, common_fields, is_primary, several
-from mocosfl_jax.run.program import program_of
+from mocosfl_jax.run.program import check_labels, program_of
 from mocosfl_jax.run.progress import Progress
 from mocosfl_jax.run.recorder import NonFiniteError, Recorder
 from mocosfl_jax.run.rounds import Rounds, place_inputs, run_constants
@@ -70,7 +70,8 @@ def train(
     Returns: the summary, which is also written to DIR/summary.json.
     Raises:
       InputError: the directory holds a run with another config or on other data, or nothing that a
-        run could go on from, or the data cannot give the cohort. Nothing has been changed.
+        run could go on from, or the data have no labels and the method takes them, or they cannot
+        give the cohort. Nothing has been changed.
       NonFiniteError: a loss or parameter is not finite; the last good checkpoint stays.
       StorageError: a file cannot be written; the last good checkpoint stays.
       Interrupted: after SIGTERM or SIGINT; the same call resumes.
@@ -88,6 +89,7 @@ def train(
     workdir.check_same(config)
     placement = make_placement(config.devices, config.server_shards)
     program = program_of(config, axes_of(config.server_shards), placement.devices)
+    check_labels(config, program, dataset.info)
     rounds = Rounds(config, placement, program)
     check_fits(config, rounds.bytes_a_device(), device_memory_bytes())
     check_clients_fit(config, machine_memory_bytes())

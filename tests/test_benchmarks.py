@@ -64,6 +64,5 @@ def test_registered_clients_share_one_program():
     overrides = ("--config.width=4", "--config.blocks_per_stage=(1,)", "--config.head_width=8")
     few, many = (clients.setting(n, 5, *overrides) for n in (5, 1000))
     data = random_images(few)
-    rounds = clients.Rounds(few, data)
-    advance = rounds.compile()
-    assert clients.Rounds(many, data).round(advance) > 0
+    advance = clients.Loop(few, data).compile()
+    assert clients.Loop(many, data).round(advance) > 0

@@ -144,7 +144,7 @@ def test_devices_exchange_gradients_keys_and_client_models_only(npz, loss, align
     found = collectives(compiled.as_text())
     assert {c.operation for c in found} == {"all-reduce", "all-gather"}
     views = 2 if loss == "server" else 1
-    keys_and_mask = views * 3 * (4 * config.head_width + 1)  # one client of 3 images a device
+    keys_and_mask = 3 * (views * 4 * config.head_width + 1)  # one client of 3 images a device
     gathered = sum(c.operand_bytes for c in found if c.operation == "all-gather")
     assert gathered == keys_and_mask
     state = arguments[0]

@@ -54,6 +54,7 @@ CHANNELS = (
 )
 FLAGS = (True, False), ("perhaps", 1.5)
 VALUES = {
+    "method": (("mocosfl",), ("moco", "", "os:path", "no_such_module:X", "a:b:c")),
     "image_size": SIZES,
     "holdout_fraction": RATES,
     "mean": CHANNELS,
@@ -172,7 +173,7 @@ def small_plans(npz: Path) -> Iterator[tuple[dict, Resolved, Prepared]]:
         with contextlib.suppress(InputError):
             config, prepared = settled(npz, fields)
             sizes = plan(config)
-            if 2 * sizes.state_bytes + sizes.activation_bytes < 10**7:
+            if 2 * sizes.state_bytes + sizes.step_bytes < 10**7:
                 yield fields, config, prepared
 
 

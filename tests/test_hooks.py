@@ -345,9 +345,10 @@ def test_the_server_does_not_learn_of_the_extra_gradient():
 
 def test_the_state_of_the_hook_belongs_to_the_client():
     method = hooked(doubled, Pull())
-    state = started(Pull())
+    state, keys = started(Pull()), jax.random.split(jax.random.key(3), CLIENTS)
+    drawn = jax.vmap(method.own, in_axes=(None, 0))(state.server, keys).extra.value
+    assert len(set(drawn.tolist())) == CLIENTS
     first = np.asarray(state.population.extra.value)
-    assert len(set(first.tolist())) == CLIENTS  # each drew its own
     np.testing.assert_array_equal(state.cohort.client.extra.value[:3], first[IDS[:3]])
     for seed in (1, 2):
         result = step(method, state.server, state.cohort, batch_of(seed))

@@ -152,8 +152,8 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(capsys, npz):
     for text in (
         "queue_length: 32",
         "cohort C = 4, images a client a step B = 3",
-        "3 rounds of 6 steps = 18 steps",
-        "2 syncs a round",
+        "rounds: 3, steps a round: 6, steps: 18",
+        "syncs a round: 2",
         "client parameters: 116",
         "estimated memory",
     ):

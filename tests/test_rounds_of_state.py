@@ -15,7 +15,6 @@ from mocosfl_jax.federated.state import (
     begin_round,
     create_state,
     end_round,
-    with_slots,
 )
 from mocosfl_jax.methods.mocosfl.build import build
 from mocosfl_jax.methods.mocosfl.method import MocoSFL
@@ -136,15 +135,6 @@ def test_stateless_clients_that_would_lose_something_are_refused(shared, aligned
     method = tiny_method("server", shared, aligned)
     with pytest.raises(ValueError, match="stateless"):
         replace(method, persistent=False)
-
-
-def test_slots_are_added_and_cut_off():
-    method, ids = tiny_method("one_way", shared=False), [4, 1, 3]
-    state = begin_round(method, tiny_state(method), slots_of(*ids))
-    wider = with_slots(state, 5)
-    assert wider.cohort_ids.tolist() == [*ids, PADDING, PADDING]
-    assert all(len(x) == 5 for x in jax.tree.leaves(wider.cohort))
-    assert_equal(with_slots(wider, 3), state)
 
 
 def test_private_queues_share_the_length_and_differ():

@@ -35,9 +35,10 @@ NOT_READ = ("queue_length", "syncs_per_round")
 FIELDS = {
     **{name: value for name, value in tiny.FIELDS.items() if name not in NOT_READ},
     "num_clients": 5,
-    "classes_per_client": 1,
+    "classes_per_client": None,
+    "dirichlet_alpha": 1.0,  # sizes differ
     "cohort_size": 3,
-    "batch_size": 5,  # more than some clients have
+    "batch_size": 6,  # more than any client has
     "sync_weights": "size",
     "rounds": 2,
     "steps_per_round": 6,
@@ -212,7 +213,7 @@ def test_a_run_is_what_plain_loops_give(whole):
 
 
 def test_the_loss_falls(data, tmp_path):
-    fields = {"rounds": 5, "knn_every": 0, "classes_per_client": None, "cohort_size": 5}
+    fields = {"rounds": 5, "knn_every": 0, "dirichlet_alpha": None, "cohort_size": 5}
     assert main(command(tmp_path, data, **fields)) == 0
     losses = [line["loss"] for line in lines(tmp_path)[1:]]
     assert np.mean(losses[-6:]) < 0.7 * np.mean(losses[:6])
@@ -365,7 +366,7 @@ def test_bad_input_is_refused_in_one_line(data, tmp_path, capsys, options, field
 def test_images_without_labels_are_refused(data, tmp_path, capsys, options):
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", x_train=images)
-    fields = {"dataset": f"npz:{tmp_path / 'x.npz'}", "classes_per_client": None}
+    fields = {"dataset": f"npz:{tmp_path / 'x.npz'}", "dirichlet_alpha": None}
     assert main(command(tmp_path / "run", data, *options, **fields)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"config.method = '{NAME}'" in line and "labels" in line

@@ -163,9 +163,9 @@ class Config:
     align_momentum: Annotated[bool, BY_METHOD] = RULE
 
     # ------------------------------------------------------------------------------ optimisation
-    # Server rate of SGD at the start.
+    # Learning rate of SGD at the start; that of the server where clients have their own.
     learning_rate: Annotated[float, AT_LEAST_0] = 0.06
-    # Client rate; 0 freezes the client models. Rule: learning_rate.
+    # That of the clients; 0 freezes the client models. Rule: learning_rate.
     client_learning_rate: Annotated[float, AT_LEAST_0, BY_METHOD] = RULE
     # Both rates over the run: `cosine` to 0, `step` (x0.1 at 60 % and 80 %) or `constant`.
     # Rule: `step` for head V1, else `cosine`.

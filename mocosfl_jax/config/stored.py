@@ -10,9 +10,14 @@ from mocosfl_jax.config.types import FIELDS, check_types, value_types
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.models.contract import OPTIONAL_FIELDS
 
-_MEANING_WITHOUT_FIELD = {"holdout_fraction": 0.1, "client_state": "persistent"}
-"""What a field means in a stored config that was written before the field existed, where that is
-not today's default. A new field whose default changes what a run does needs an entry."""
+_MEANING_WITHOUT_FIELD = {
+    "holdout_fraction": 0.1,
+    "client_state": "persistent",
+    "cut": 1,
+    "bottleneck": "none",
+}
+"""What a field means in a stored config that lacks it, where that is not today's default. A new
+field whose default changes what a run does needs an entry."""
 
 _NEWER_THAN_IDENTITY = {"method": "mocosfl"}
 """Fields that were added after runs got their identity, and what runs without them did."""

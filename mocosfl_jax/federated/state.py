@@ -4,8 +4,6 @@ Leading axes: N registered clients (index = client id), C cohort slots (index = 
 cohort). A slot with the id `PADDING` is gathered from an arbitrary client and scattered to none.
 """
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -82,20 +80,3 @@ def end_round(method: Method, state: TrainState) -> TrainState:
 def leaving(method: Method, state: TrainState) -> Tree:
     """What each participant keeps, (C, ...)."""
     return jax.vmap(method.leave, axis_size=state.cohort_ids.shape[0])(state.cohort)
-
-
-def with_slots(state: TrainState, slots: int) -> TrainState:
-    """The same state with so many slots: padding at the end is added or cut off.
-
-    Args: slots: at least the participants, whose slots come first.
-    """
-    have = state.cohort_ids.shape[0]
-    ids = jnp.where(jnp.arange(slots) < have, resize(state.cohort_ids, slots), PADDING)
-    cohort = jax.tree.map(lambda x: resize(x, slots), state.cohort)
-    return state.replace(cohort_ids=ids, cohort=cohort)
-
-
-def resize(x: Any, rows: int) -> jax.Array:
-    """Cuts or pads the leading axis; the last row is repeated."""
-    padding = [(0, max(0, rows - x.shape[0])), *[(0, 0)] * (x.ndim - 1)]
-    return jnp.pad(x, padding, mode="edge")[:rows]

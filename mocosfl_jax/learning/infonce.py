@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -33,7 +34,11 @@ def infonce(
       key_MD: positive of each query, unit rows; constant.
       queue_KD: negatives, unit rows; constant.
       temperature: T, divides every cosine similarity.
+    Raises: AssertionError: arrays of other ranks, or of widths that differ.
     """
+    chex.assert_rank([query_MD, key_MD, queue_KD], 2)
+    chex.assert_equal_shape([query_MD, key_MD])
+    chex.assert_axis_dimension(queue_KD, 1, query_MD.shape[1])
     key_MD, queue_KD = jax.lax.stop_gradient((key_MD, queue_KD))
     positive_M = jnp.sum(query_MD * key_MD, axis=-1) / temperature
     negative_MK = query_MD @ queue_KD.T / temperature

@@ -1,5 +1,6 @@
 """The feature memory: a ring buffer of keys in the train state (MocoSFL, section 3.1)."""
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,11 @@ def enqueue(queue: Queue, keys_MD: jax.Array, mask_M: jax.Array) -> Queue:
       queue: one queue, (K, D).
       keys_MD: unit rows; at most K of them may be kept, or rows overwrite each other.
       mask_M: bool; rows that are padding are neither written nor counted.
+    Raises: AssertionError: arrays of other shapes, or a mask that is not bool.
     """
+    chex.assert_rank(mask_M, 1)
+    chex.assert_shape(keys_MD, (mask_M.shape[0], queue.keys.shape[1]))
+    chex.assert_type(mask_M, bool)
     length = queue.keys.shape[0]
     count_M = jnp.cumsum(mask_M.astype(jnp.int32))
     slot_M = (queue.ptr + count_M - 1) % length

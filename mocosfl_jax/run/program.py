@@ -5,6 +5,8 @@ import dataclasses
 from mocosfl_jax.config import Resolved
 from mocosfl_jax.config.recipe import find_recipe
 from mocosfl_jax.data.augment import AugmentConfig
+from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.federated.dispatch import Program
 from mocosfl_jax.learning.schedule import rate_schedule
@@ -23,3 +25,13 @@ def program_of(config: Resolved, axes: Axes = NO_MESH, devices: int = 1) -> Prog
         learning_rate=config.learning_rate,
         schedule=rate_schedule(config.schedule, config.total_steps),
     )
+
+
+def check_labels(config: Resolved, program: Program, info: DatasetInfo) -> None:
+    """Raises: InputError: the method takes labels, and the data set has none.
+
+    Args: config: of the program. info: of its data set.
+    """
+    if program.method.labels and not info.labelled:
+        allowed = f"it takes labels, which the images of {config.dataset} do not have"
+        raise InputError("config.method", config.method, allowed)

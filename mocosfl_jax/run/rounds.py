@@ -112,10 +112,10 @@ class Rounds:
     def padded(self, state: TrainState) -> TrainState:
         """A restored state on the devices, with padding."""
         missing = self.slots - self._config.cohort_size
-        ids = np.pad(np.asarray(state.cohort_ids), (0, missing), constant_values=PADDING)
-        return jax.tree.map(
-            self._with_padding, state.replace(cohort_ids=ids), self._shapes, self._shardings
-        )
+        if missing:
+            ids = np.pad(state.cohort_ids, (0, missing), constant_values=PADDING)
+            state = state.replace(cohort_ids=ids)
+        return jax.tree.map(self._with_padding, state, self._shapes, self._shardings)
 
     # --------------------------------------------------------------------------------- questions
 
@@ -163,21 +163,19 @@ class Rounds:
         return device_key(seed, Stream.INIT), device_key(seed, Stream.STATE)
 
     def _with_padding(self, leaf: Any, shape: Any, sharding: Any) -> jax.Array:
-        """Further rows repeat the last one."""
+        """A restored leaf on the devices; further rows repeat the last one."""
         if isinstance(leaf, jax.Array):
             return leaf
-        rows = np.pad(
-            leaf,
-            [(0, shape.shape[0] - leaf.shape[0]), *[(0, 0)] * (leaf.ndim - 1)],
-            mode="edge",
-        )
+        missing = shape.shape[0] - leaf.shape[0]
+        rows = np.pad(leaf, [(0, missing), *[(0, 0)] * (leaf.ndim - 1)], mode="edge")
         return self._placement.put_array(rows, sharding)
 
 
 def _without_padding(leaf: jax.Array, unpadded: Any) -> Any:
     """A copy of a leaf's first rows; on the host, if there are others.
 
-    With several processes such a leaf passes through every device, one leaf at a time.
+    On one device of a CPU it is a view, and JAX does not let a program write to what has one. With
+    several processes such leaves pass through every device, one at a time.
     """
     if leaf.shape == unpadded.shape:
         return jnp.copy(leaf)
@@ -185,6 +183,4 @@ def _without_padding(leaf: jax.Array, unpadded: Any) -> Any:
         rows = np.asarray(leaf)
     else:
         rows = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return rows[
-        : unpadded.shape[0]
-    ].copy()  # the next round's program is given the leaf's own memory
+    return rows[: unpadded.shape[0]]

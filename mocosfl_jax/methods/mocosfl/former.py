@@ -1,8 +1,8 @@
 """MocoSFL's state as checkpoints of version 0.1 hold it.
 
-That version had one class for all: the clients' common model and what each keeps were the
-population, and the shared queue stood beside the server. The names of these classes' fields are in
-the checkpoints and in their digests.
+That version had one class for all methods: the clients' common model and what each keeps were the
+population, and the shared queue stood beside the server. Checkpoints, and their digests, have the
+names of these classes' fields.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from mocosfl_jax.methods.mocosfl.server import ServerState
 
 
 class FormerServer(flax.struct.PyTreeNode):
-    """momentum: key encoders; buffers: optimizer state."""
+    """The fields of `ServerState`, in its order."""
 
     params: Any
     momentum: Any
@@ -27,7 +27,7 @@ class FormerServer(flax.struct.PyTreeNode):
 
 
 class FormerClients(flax.struct.PyTreeNode):
-    """Of the population: params is one copy, momentum has a leading N unless aligned."""
+    """Of the population, params is one copy, and so is momentum where key encoders are aligned."""
 
     params: Any
     momentum: Any
@@ -48,20 +48,12 @@ class FormerState(flax.struct.PyTreeNode):
 
 def to_former(state: TrainState) -> FormerState:
     """The same leaves in their former places."""
-    server, common = state.server.server, state.server.client
-    kept, client = state.population, state.cohort.client
-    aligned = common.key_params is not None
+    common, kept, client = state.server.client, state.population, state.cohort.client
+    key_params = kept.key_params if common.key_params is None else common.key_params
     return FormerState(
         step=state.step,
-        server=FormerServer(
-            server.params, server.key_params, server.opt_state, server.stats, server.key_stats
-        ),
-        population=FormerClients(
-            common.params,
-            common.key_params if aligned else kept.key_params,
-            kept.opt_state,
-            kept.queue,
-        ),
+        server=FormerServer(*vars(state.server.server).values()),
+        population=FormerClients(common.params, key_params, kept.opt_state, kept.queue),
         cohort_ids=state.cohort_ids,
         cohort=FormerClients(
             client.params, client.key_params, client.opt_state, state.cohort.queue
@@ -72,29 +64,18 @@ def to_former(state: TrainState) -> FormerState:
 
 def from_former(former: FormerState, like: TrainState) -> TrainState:
     """The same leaves in the places of today, those of `like`."""
+    clients, cohort = former.population, former.cohort
     aligned = like.server.client.key_params is not None
-    server, clients, cohort = former.server, former.population, former.cohort
+    own_keys, common_keys = (None, clients.momentum) if aligned else (clients.momentum, None)
+    client = ClientState(cohort.params, cohort.momentum, cohort.buffers)
     return TrainState(
         step=former.step,
         server=MocoState(
-            server=ServerState(
-                server.params,
-                server.momentum,
-                server.buffers,
-                server.stats,
-                server.momentum_stats,
-            ),
-            client=ClientModel(clients.params, clients.momentum if aligned else None),
+            server=ServerState(*vars(former.server).values()),
+            client=ClientModel(clients.params, common_keys),
             queue=former.queue,
         ),
-        population=Kept(
-            key_params=None if aligned else clients.momentum,
-            opt_state=clients.buffers,
-            extra=None,
-            queue=clients.queue,
-        ),
+        population=Kept(own_keys, clients.buffers, extra=None, queue=clients.queue),
         cohort_ids=former.cohort_ids,
-        cohort=Participant(
-            ClientState(cohort.params, cohort.momentum, cohort.buffers), cohort.queue
-        ),
+        cohort=Participant(client, cohort.queue),
     )
