@@ -17,14 +17,8 @@ from mocosfl_jax.config.data import data_options
 from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.dataset import channel_stats
 from mocosfl_jax.data.sources import inspect_dataset, load_dataset
-from mocosfl_jax.evaluation.protocols import (
-    EvaluationData,
-    Features,
-    LabelledImages,
-    Splits,
-    evaluation_data,
-    probe,
-)
+from mocosfl_jax.evaluation.linear_probe import Labelled, linear_probe
+from mocosfl_jax.evaluation.protocols import EvaluationData, LabelledImages, evaluation_data
 from mocosfl_jax.evaluation.raw_pixels import raw_pixel_features, raw_pixel_top1
 
 
@@ -32,9 +26,9 @@ def measure(config: Resolved, data: EvaluationData) -> dict[str, float]:
     """Top-1 in percent of both protocols."""
     mean, std = (tuple(map(float, values)) for values in channel_stats(data.train.images))
 
-    def flat(split: LabelledImages) -> Features:
+    def flat(split: LabelledImages) -> Labelled:
         rows = raw_pixel_features(split.images, mean, std, config.eval_batch_size)
-        return Features(features=rows, embedding=rows, labels=split.labels)
+        return Labelled(rows, split.labels)
 
     knn_top1 = raw_pixel_top1(
         *data.test,
@@ -46,11 +40,16 @@ def measure(config: Resolved, data: EvaluationData) -> dict[str, float]:
         temperature=config.knn_temperature,
         batch_size=config.eval_batch_size,
     )
-    splits = Splits(flat(data.train), flat(data.test))
-    return {
-        "knn_top1": knn_top1,
-        "linear_top1": probe(config, splits, data.num_classes).top1_last,
-    }
+    result = linear_probe(
+        flat(data.train),
+        flat(data.test),
+        data.num_classes,
+        seed=config.seed,
+        learning_rate=config.probe_learning_rate,
+        batch_size=config.probe_batch_size,
+        epochs=config.probe_epochs,
+    )
+    return {"knn_top1": knn_top1, "linear_top1": result.top1_last}
 
 
 def main() -> None:

@@ -199,8 +199,11 @@ def _machine_checks(config: "Resolved", prepared: "Prepared") -> Iterator[Callab
         make_placement(config.devices, config.server_shards)
 
     def state() -> None:
-        placement = single_device()
-        program = program_of(config, axes_of(1), placement.devices)
+        try:
+            placement = make_placement(config.devices, config.server_shards)
+        except InputError:  # another machine's, of which nothing is known
+            placement = single_device()
+        program = program_of(config, axes_of(config.server_shards), placement.devices)
         rounds = Rounds(config, placement, program)
         check_fits(config, rounds.bytes_a_device(), device_memory_bytes())
 

@@ -65,7 +65,7 @@ def train(
       config: resolved.
       dataset: that it names.
       workdir: the run's folder.
-      startup: of several processes, which learn of each other's refusals until all have begun.
+      startup: shares refusals between processes until all have started.
 
     Returns: the summary, which is also written to DIR/summary.json.
     Raises:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mocosfl_jax.config import Config, Resolved, check_types, default_config, resolve
 from mocosfl_jax.config.fields import EXECUTION_FIELDS, METHOD_FIELDS
-from mocosfl_jax.config.ranges import FROM_0_BELOW_1, OneOf
+from mocosfl_jax.config.ranges import FROM_0_BELOW_1, one_of
 from mocosfl_jax.config.recipe import Recipe
 from mocosfl_jax.config.stored import (
     config_from_json,
@@ -44,7 +44,7 @@ class Toy:
     # Share of something, in [0, 1).
     rate: Annotated[float, FROM_0_BELOW_1] = 0.5
     # Form of something.
-    form: Annotated[str, OneOf(("round", "square"))] = "round"
+    form: Annotated[str, one_of(("round", "square"))] = "round"
     # None: as many as there are.
     sizes: tuple[int, ...] | None = None
     steps: int | None = None

@@ -1,4 +1,4 @@
-"""What must hold of the fields that all methods share, alone and beside each other."""
+"""What must hold of the fields that all methods share, alone and together."""
 
 from mocosfl_jax.config.fields import METHOD_FIELDS, Config, Resolved
 from mocosfl_jax.config.network import network_of
@@ -16,7 +16,7 @@ def check_fields(config: Config) -> None:
     """Every check that needs neither data nor rules; unset fields pass.
 
     Args: config: from `check_types`.
-    Raises: InputError: a value that cannot hold whatever the data set is.
+    Raises: InputError: a value that is impossible whatever the data set is.
     """
     _check_read(config)
     check_ranges(config)
@@ -62,7 +62,7 @@ def check_clients(config: Config, info: DatasetInfo) -> None:
 
 
 def check_resolved(config: Resolved, given: Config, holders: int) -> None:
-    """The fields that all methods share, beside each other.
+    """The fields that all methods share, together.
 
     Args:
       given: the config before its unset fields were filled.
@@ -160,7 +160,7 @@ def _check_images(config: Resolved) -> None:
             config.blur_kernel_size,
             f"below twice config.image_size = {config.image_size} is needed",
         )
-    shape = config.bottleneck_shape
+    shape = parse_bottleneck(config.bottleneck)
     if shape is None:
         return
     size, *_ = latent_shape(network_of(config), config.image_size, config.cut)

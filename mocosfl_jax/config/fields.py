@@ -19,15 +19,14 @@ from mocosfl_jax.config.ranges import (
     FROM_0,
     FROM_0_BELOW_1,
     FROM_1,
-    OneOf,
     Range,
     at_least,
     marked,
+    one_of,
 )
 from mocosfl_jax.learning.losses import LOSSES
 from mocosfl_jax.learning.schedule import SCHEDULES
 from mocosfl_jax.models.backbones import BACKBONES
-from mocosfl_jax.models.bottleneck import BottleneckShape, parse_bottleneck
 from mocosfl_jax.models.heads import HEADS
 from mocosfl_jax.models.resnet import STEMS
 
@@ -113,16 +112,16 @@ class Config:
     # 1 and at most steps_per_round (paper, appendix).
     syncs_per_round: Annotated[int, FROM_1, BY_METHOD] = RULE
     # What a client keeps between rounds. `persistent`: its optimizer state and, unless aligned, its
-    # momentum model, as the public code does; memory grows with N. `stateless`: nothing, optimizer
+    # key encoder, as the public code does; memory grows with N. `stateless`: nothing, optimizer
     # state starts a round at zero; memory grows with C only; it requires align_momentum and a
     # shared queue. Rule: `persistent`.
-    client_state: Annotated[str, OneOf(("persistent", "stateless")), BY_METHOD] = RULE
+    client_state: Annotated[str, one_of(("persistent", "stateless")), BY_METHOD] = RULE
     # Weights of a sync: `equal`, or `size` for the number of a client's images.
-    sync_weights: Annotated[str, OneOf(("equal", "size"))] = "equal"
+    sync_weights: Annotated[str, one_of(("equal", "size"))] = "equal"
 
     # --------------------------------------------------------------------------------- model
     # `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`.
-    backbone: Annotated[str, OneOf(BACKBONES)] = "resnet18"
+    backbone: Annotated[str, one_of(BACKBONES)] = "resnet18"
     # Channels of the stem, a multiple of 4; stage s has width * 2**s (64 in ResNets).
     width: Annotated[int, FROM_1] = 64
     # Residual blocks of each stage, e.g. (1, 1, 1, 1) for a shallow member. Rule: the backbone's.
@@ -130,7 +129,7 @@ class Config:
     blocks_per_stage: Annotated[tuple[int, ...], STAGES] = RULE
     # First convolution: `3x3s1`, `3x3s2`, `7x7s2` (kernel and stride). Rule, by image_size: 3x3s2
     # at 64, 7x7s2 from 128 on, else 3x3s1.
-    stem: Annotated[str, OneOf(STEMS)] = RULE
+    stem: Annotated[str, one_of(STEMS)] = RULE
     # Units on the client, 1 (the stem; MocoSFL-1) to all of them; 2 is the paper's MocoSFL-3.
     # Rule: 1.
     cut: Annotated[int, FROM_1, BY_METHOD] = RULE
@@ -138,17 +137,17 @@ class Config:
     # 1, 2 or 4, or `none`. Rule: `none`.
     bottleneck: Annotated[str, BY_METHOD] = RULE
     # Projection head: `V1`, `smallV2`, `V2`, `largeV2`.
-    head: Annotated[str, OneOf(HEADS)] = "V2"
+    head: Annotated[str, one_of(HEADS)] = "V2"
     # D, width of the embedding. Rule: 128, 512, 1024, 2048 for the four heads.
     head_width: Annotated[int, FROM_1] = RULE
     # `float32`, or `bfloat16` for computing on GPU and TPU; parameters are float32 either way.
-    compute_dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
+    compute_dtype: Annotated[str, one_of(("float32", "bfloat16"))] = "float32"
 
     # -------------------------------------------------------------------------- contrastive loss
     # `one_way`, `server` (the public code: the swapped direction trains the server only) or
     # `client` (MonAcoSFL: both views through both client models). Rule: `one_way` for head V1, else
     # `server`.
-    loss: Annotated[str, OneOf(LOSSES), BY_METHOD] = RULE
+    loss: Annotated[str, one_of(LOSSES), BY_METHOD] = RULE
     # True: one queue shared by all clients. False: private queues, queue_length // N rows each.
     # Rule: True.
     feature_sharing: Annotated[bool, BY_METHOD] = RULE
@@ -156,9 +155,9 @@ class Config:
     queue_length: Annotated[int, FROM_1, BY_METHOD] = RULE
     # T, divides cosine similarities. Rule: 0.1.
     temperature: Annotated[float, TEMPERATURE, BY_METHOD] = RULE
-    # Decay of the momentum models, client and server, in [0, 1). Rule: 0.99.
+    # Decay of the key encoders, of clients and server, in [0, 1). Rule: 0.99.
     ema: Annotated[float, FROM_0_BELOW_1, BY_METHOD] = RULE
-    # Whether a sync averages the momentum client models too (MonAcoSFL; matters at deep cuts).
+    # Whether a sync averages the clients' key encoders too (MonAcoSFL; matters at deep cuts).
     # Rule: False.
     align_momentum: Annotated[bool, BY_METHOD] = RULE
 
@@ -169,7 +168,7 @@ class Config:
     client_learning_rate: Annotated[float, AT_LEAST_0, BY_METHOD] = RULE
     # Both rates over the run: `cosine` to 0, `step` (x0.1 at 60 % and 80 %) or `constant`.
     # Rule: `step` for head V1, else `cosine`.
-    schedule: Annotated[str, OneOf(SCHEDULES)] = RULE
+    schedule: Annotated[str, one_of(SCHEDULES)] = RULE
     # SGD momentum (no Nesterov).
     momentum: Annotated[float, FROM_0_BELOW_1] = 0.9
     # Weight decay, on every parameter.
@@ -177,7 +176,7 @@ class Config:
 
     # ------------------------------------------------------------------------------ augmentation
     # `v2` (MoCo v2) or `v1` (the same without blur). Rule: `v1` for head V1, else `v2`.
-    augmentation: Annotated[str, OneOf(("v1", "v2"))] = RULE
+    augmentation: Annotated[str, one_of(("v1", "v2"))] = RULE
     # Smallest part of an image's area that a crop keeps, in (0, 1].
     crop_min_scale: Annotated[float, ABOVE_0_TO_1] = 0.08
     # Side of the blur kernel, odd, pixels. Rule: a tenth of image_size, at least 9 (two standard
@@ -265,10 +264,6 @@ class Resolved(Config):
         """
         steps, syncs = self.steps_per_round, self.syncs_per_round or 1
         return tuple((s + 1) * syncs // steps > s * syncs // steps for s in range(steps))
-
-    @property
-    def bottleneck_shape(self) -> BottleneckShape | None:
-        return parse_bottleneck(self.bottleneck)
 
 
 EXECUTION_FIELDS = marked(Config, EXECUTION)

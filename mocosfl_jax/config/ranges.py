@@ -43,19 +43,11 @@ class Range:
     allowed: str
     holds: Callable[[Any], bool]
 
-    def check(self, where: str, value: Any) -> None:
-        """Raises: InputError: the value is not allowed. where: name of the field, for the error."""
-        if not self.holds(value):
-            raise InputError(where, value, self.allowed)
 
-
-class OneOf(Range):
-    """One of several names."""
-
-    def __init__(self, choices: Iterable[str]):
-        """Args: choices: the names, for example the keys of a table."""
-        names = tuple(choices)
-        super().__init__(f"one of {', '.join(names)} is needed", lambda name: name in names)
+def one_of(choices: Iterable[str]) -> Range:
+    """One of several names, for example the keys of a table."""
+    names = tuple(choices)
+    return Range(f"one of {', '.join(names)} is needed", lambda name: name in names)
 
 
 def at_least(smallest: float, reason: str = "") -> Range:
@@ -84,8 +76,8 @@ def check_ranges(config: Any, where: str = "config") -> None:
     for name, markers in markers_of(kind).items():
         value = getattr(config, name)
         for marker in markers:
-            if isinstance(marker, Range) and value is not None:
-                marker.check(f"{where}.{name}", value)
+            if isinstance(marker, Range) and value is not None and not marker.holds(value):
+                raise InputError(f"{where}.{name}", value, marker.allowed)
 
 
 def marked(kind: type, marker: Marker) -> frozenset[str]:

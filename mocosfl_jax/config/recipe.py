@@ -18,14 +18,6 @@ BUILT_IN = {"mocosfl": "mocosfl_jax.methods.mocosfl.recipe:MOCOSFL"}
 """Where the recipe of each built-in method is."""
 
 
-def _no_rules(config: Config) -> Mapping[str, Any]:
-    return {}
-
-
-def _no_check(config: Resolved) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class FormerLayout:
     """The state as checkpoints of an earlier version hold it; both functions only move leaves.
@@ -46,7 +38,7 @@ class Recipe:
     build: from config, mesh axes and number of devices to the method.
     rules: values of the fields that it reads, where they are unset. The fields that all methods
       share are filled already; values of other fields than those in `reads` are ignored.
-    check: raises InputError for values that cannot hold beside each other.
+    check: raises InputError for values that contradict each other.
     sections: by name, frozen dataclasses whose fields have defaults, and ranges like those of
       `Config`; they become `config.NAME.FIELD`.
     memory_hints: by part of the state (`population`, or `server.X` for the field X of the server's
@@ -56,8 +48,8 @@ class Recipe:
 
     reads: frozenset[str]
     build: Callable[[Resolved, Axes, int], Method]
-    rules: Callable[[Config], Mapping[str, Any]] = _no_rules
-    check: Callable[[Resolved], None] = _no_check
+    rules: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    check: Callable[[Resolved], None] = lambda config: None
     sections: Mapping[str, type] = FrozenDict()
     memory_hints: Mapping[str, tuple[str, str]] = FrozenDict()
     former: FormerLayout | None = None

@@ -1,6 +1,6 @@
 """From a typed config to one without gaps: the paper's rules for unset fields, and all checks.
 
-A field that is set is never overridden; a set field that cannot hold is an `InputError`.
+A field that is set is never overridden; a set field with an impossible value raises `InputError`.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def resolve(config: Config, info: DatasetInfo, partition: ClientImages | None = 
       info: of the data set that the config names.
       partition: who holds which images, from `partition_of`. None: every client is taken to have
         images, which holds but for Dirichlet clients.
-    Raises: InputError: a value that cannot hold, alone or beside the others.
+    Raises: InputError: a value that is impossible, alone or together with the others.
     """
     check_fields(config)
     check_clients(config, info)
@@ -35,6 +35,8 @@ def resolve(config: Config, info: DatasetInfo, partition: ClientImages | None = 
     shared = _filled(config, info, holders)
     rules = recipe.rules(shared)
     filled = _fill(shared, {name: value for name, value in rules.items() if name in recipe.reads})
+    # These two also say how an encoder's file is divided into client and server.
+    filled = _fill(filled, {"cut": 1, "bottleneck": "none"})
     resolved = Resolved.of(filled)
     check_resolved(resolved, config, holders)
     check_ranges(resolved)
@@ -72,8 +74,6 @@ def _filled(config: Config, info: DatasetInfo, holders: int) -> Config:
     images_a_round = config.steps_per_round * rows
     fill("rounds", max(1, round(config.epochs * info.num_train / images_a_round)))
     config = _fill(config, default_fields(config.backbone, config.image_size))
-    fill("cut", 1)  # these two also say how the parts of an encoder's file are laid out
-    fill("bottleneck", "none")
     fill("head_width", HEADS[config.head].width)
     fill("schedule", "step" if v1 else "cosine")
     fill("augmentation", "v1" if v1 else "v2")

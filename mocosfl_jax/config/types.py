@@ -32,14 +32,19 @@ _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float3
 def default_config(method: str = "mocosfl") -> ConfigDict:
     """A locked ConfigDict with every field of `Config` and the sections of a method.
 
-    Unset fields know their type.
+    Unset fields know their type. All fields of a section are unset: they then have the defaults of
+    its dataclass, and a method without the section can be chosen instead.
 
     Args: method: `config.method`.
     Raises: InputError: there is no such method.
     """
-    config = _defaults(Config)
+    config = ConfigDict()
+    for field in FIELDS:
+        held = value_types(Config)[field.name].kind
+        config[field.name] = placeholder(held) if field.default is None else field.default
     for name, kind in find_recipe(method).sections.items():
-        config[name] = _defaults(kind)
+        held_by_name = value_types(kind).items()
+        config[name] = ConfigDict({field: placeholder(held.kind) for field, held in held_by_name})
     config.method = method
     return config.lock()
 
@@ -57,24 +62,18 @@ def check_types(raw: Mapping[str, Any], where: str = "config") -> Config:
     method = _typed(f"{where}.method", ValueType(str), raw.get("method"))
     kinds = find_recipe(method, f"{where}.method").sections
     flat = {name: value for name, value in raw.items() if name not in kinds}
+    foreign = set()  # sections of another method, in which nothing is set
     for name, value in flat.items():
         if isinstance(value, ConfigDict | Mapping) and name not in value_types(Config):
-            allowed = f"method {method!r} has no such section"
-            raise InputError(f"{where}.{name}", dict(value.items()), allowed)
-    values = _typed_values(Config, flat, where)
+            given = {field: x for field, x in value.items() if x is not None}
+            if given:
+                raise InputError(f"{where}.{name}", given, f"method {method!r} has no such section")
+            foreign.add(name)
+    values = _typed_values(Config, {n: x for n, x in flat.items() if n not in foreign}, where)
     sections = {
         name: _section(kind, raw.get(name), f"{where}.{name}") for name, kind in kinds.items()
     }
     return Config(**values, sections=FrozenDict(sections))
-
-
-def _defaults(kind: type) -> ConfigDict:
-    """The fields of a dataclass with their defaults."""
-    config = ConfigDict()
-    for field in _fields(kind):
-        held = value_types(kind)[field.name].kind
-        config[field.name] = placeholder(held) if field.default is None else field.default
-    return config
 
 
 def _section(kind: type, raw: Any, where: str) -> Any:
@@ -86,8 +85,9 @@ def _section(kind: type, raw: Any, where: str) -> Any:
     if not isinstance(given, ConfigDict | Mapping):
         names = ", ".join(value_types(kind))
         raise InputError(where, raw, f"a section is needed: values by name, of {names}")
+    set_ = {name: value for name, value in given.items() if value is not None}
     defaults = {field.name: field.default for field in _fields(kind)}
-    return kind(**_typed_values(kind, {**defaults, **given}, where))
+    return kind(**_typed_values(kind, {**defaults, **set_}, where))
 
 
 def _typed_values(kind: type, raw: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -240,15 +240,6 @@ def dirichlet(
     return Partition(offsets, sorted_ids[np.argsort(owners, kind="stable")])
 
 
-def class_counts(
-    partition: Partition, labels: NDArray[np.integer], num_classes: int
-) -> NDArray[np.int64]:
-    """Images of each class at each client, (N, num_classes) int64; labels in [0, num_classes)."""
-    cells = _cells(partition, labels, num_classes)
-    counts = np.bincount(cells, minlength=partition.num_clients * num_classes)
-    return counts.reshape(partition.num_clients, num_classes)
-
-
 def describe(
     partition: ClientImages, labels: NDArray[np.integer] | None, num_classes: int | None
 ) -> dict[str, int | float]:

@@ -1,4 +1,4 @@
-"""The protocols that a run reports: kNN monitor and linear probe (docs/method.md)."""
+"""The data that the protocols of a run need: labelled splits, and their features."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,9 +8,6 @@ import numpy as np
 from mocosfl_jax.config import Resolved
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.evaluation.features import encode
-from mocosfl_jax.evaluation.knn import knn_top1
-from mocosfl_jax.evaluation.linear_probe import Labelled, ProbeResult, linear_probe
-from mocosfl_jax.evaluation.raw_pixels import raw_pixel_top1
 from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.models.split import SplitModel, Variables
 
@@ -89,70 +86,3 @@ def encode_splits(
         return Features(features, embedding, split.labels)
 
     return Splits(run(data.train), run(data.test))
-
-
-def knn_monitor(
-    config: Resolved,
-    splits: Splits,
-    num_classes: int,
-    placement: Placement | None = None,
-    before_chunk: Callable[[], None] | None = None,
-) -> float:
-    """Weighted kNN top-1 in percent on normalised head outputs; the bank is the train split.
-
-    Args: before_chunk: called before each chunk of queries; may raise to end the work.
-    """
-    return knn_top1(
-        splits.test.embedding,
-        splits.test.labels,
-        splits.train.embedding,
-        splits.train.labels,
-        num_classes=num_classes,
-        k=config.knn_k,
-        temperature=config.knn_temperature,
-        placement=placement,
-        before_chunk=before_chunk,
-    )
-
-
-def raw_pixel_knn(
-    config: Resolved, data: EvaluationData, before_batch: Callable[[], None] | None = None
-) -> float:
-    """kNN top-1 in percent on the images themselves: what any encoder has to beat.
-
-    Args: before_batch: called before each batch; may raise to end the work.
-    """
-    return raw_pixel_top1(
-        data.test.images,
-        data.test.labels,
-        data.train.images,
-        data.train.labels,
-        data.num_classes,
-        mean=config.mean,
-        std=config.std,
-        k=config.knn_k,
-        temperature=config.knn_temperature,
-        before_batch=before_batch,
-    )
-
-
-def probe(
-    config: Resolved,
-    splits: Splits,
-    num_classes: int,
-    before_epoch: Callable[[], None] | None = None,
-) -> ProbeResult:
-    """Linear probe on pooled backbone features.
-
-    Args: before_epoch: called before each epoch; may raise to end the work.
-    """
-    return linear_probe(
-        Labelled(splits.train.features, splits.train.labels),
-        Labelled(splits.test.features, splits.test.labels),
-        num_classes,
-        seed=config.seed,
-        learning_rate=config.probe_learning_rate,
-        batch_size=config.probe_batch_size,
-        epochs=config.probe_epochs,
-        before_epoch=before_epoch,
-    )

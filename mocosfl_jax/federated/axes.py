@@ -35,7 +35,7 @@ class Axes:
         return jax.tree.map(lambda x: lax.ppermute(x, self.rows, ring), tree)
 
     def sum(self, tree: Any) -> Any:
-        """Sums over all devices, the same everywhere."""
+        """Sums over all devices, replicated."""
         return lax.psum(tree, self.rows) if self.rows else tree
 
     def all(self, passes: jax.Array) -> jax.Array:
@@ -43,7 +43,7 @@ class Axes:
         return lax.pmin(passes.astype("int32"), self.rows) == 1 if self.rows else passes
 
     def gather_rows(self, x: jax.Array, axis: int) -> jax.Array:
-        """The rows of all devices in cohort order, the same everywhere."""
+        """The rows of all devices in cohort order, replicated."""
         if not self.rows:
             return x
         return lax.all_gather(x, self.rows, axis=axis, tiled=True, to="invarying")

@@ -1,7 +1,8 @@
 """The contract between the training loop and a method.
 
-A method is a frozen, hashable dataclass of pure functions. The loop, the mesh, checkpoints, the log
-and sweeps know of a method only what stands here. Its state has three parts, pytrees of any form:
+A method is a frozen, hashable dataclass of pure functions. This is all that the loop, the mesh,
+checkpoints, the log and sweeps know of it. Its state has three parts, pytrees of numeric arrays (no
+typed PRNG keys):
 
   server      one copy; what the server holds, and what all clients have in common
   population  what each registered client keeps between rounds, leading axis N; may have no leaves
@@ -70,7 +71,10 @@ class Metric(NamedTuple):
 
 
 Metrics = dict[str, Metric]
-"""By name; the same names in every step."""
+"""By name; the same names in every step, none of them in `RESERVED`."""
+
+RESERVED = frozenset({"step", "round", "learning_rate", "images_per_second"})
+"""Names of what the loop itself logs of a step."""
 
 
 class StepResult(NamedTuple):

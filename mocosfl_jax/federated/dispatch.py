@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mocosfl_jax.data.augment import AugmentConfig, augment, normalise, two_views
-from mocosfl_jax.federated.contract import Batch, Method, Metrics, Normalisation
+from mocosfl_jax.federated.contract import RESERVED, Batch, Method, Metrics, Normalisation
 from mocosfl_jax.federated.state import TrainState
 
 
@@ -82,6 +82,8 @@ def run_dispatch(
         batch = _batch(program, state, step, factor, constants)
         result = method.step(state.server, state.cohort, batch)
         state = state.replace(step=state.step + 1, server=result.server, cohort=result.cohort)
+        if taken := RESERVED & result.metrics.keys():
+            raise ValueError(f"metrics {sorted(taken)} have names that the log needs")
         metrics = method.axes.sum(result.metrics)
         return state, (metrics, program.learning_rate * factor)
 
@@ -92,7 +94,8 @@ def run_dispatch(
         state,
         steps._replace(weight=None),
     )
-    finite = method.axes.all(_all_finite((metrics, state.server, state.cohort)))
+    counted = [jnp.where(m.weight > 0, m.total, 0.0) for m in metrics.values()]
+    finite = method.axes.all(_all_finite((counted, state.server, state.cohort)))
     return state, DispatchOutput(metrics, learning_rate, finite)
 
 

@@ -26,7 +26,6 @@ from mocosfl_jax.federated.state import (
     TrainState,
     begin_round,
     end_round,
-    leaving,
     populate,
     without_cohort,
 )
@@ -169,7 +168,7 @@ class Placement:
             in_specs=(self._population_specs(state), P(ROWS)),
             out_specs=P(ROWS),
         )
-        return lambda state, ids_C: begin_round(method, state, ids_C, take(state.population, ids_C))
+        return functools.partial(begin_round, method, take=take)
 
     def end(self, method: Method, state: TrainState) -> Callable[..., TrainState]:
         """`end_round` on the mesh, to be jitted: from the state to the new one."""
@@ -182,16 +181,12 @@ class Placement:
             in_specs=(specs, P(ROWS), P(ROWS)),
             out_specs=specs,
         )
-
-        def end(state: TrainState) -> TrainState:
-            kept: Tree = leaving(method, state)
-            return state.replace(population=put(state.population, state.cohort_ids, kept))
-
-        return end
+        return functools.partial(end_round, method, put=put)
 
     def dispatch(self, program: Program, state: TrainState) -> Callable[..., Any]:
         """`run_dispatch` on the mesh, jitted: (state, inputs, constants) to the new state, whose
-        buffers are those of the old one, and `DispatchOutput`. The population takes no part."""
+        buffers are those of the old one, and `DispatchOutput`. The population is
+        passed through."""
         specs = self._state_specs(program.method, state)
         steps_and_rows = cast(Any, P(None, ROWS))
         inputs = Images(

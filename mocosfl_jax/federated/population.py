@@ -1,4 +1,4 @@
-"""Rows of the population to and from the cohort's slots, without ever holding all of either.
+"""Moves rows between the population and the cohort's slots; no device holds all of either.
 
 On a mesh, slots are spread over all devices. A population leaf is replicated if it is small, else
 sharded over N, each device with an equal block of clients, rows of no client at the end. Sharded
@@ -7,7 +7,6 @@ fills it, or reads it. So a device holds its own block of clients, its own slots
 neighbour at a time, leaf by leaf.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,15 +58,17 @@ def _flags(sharded: Tree, population: Tree) -> Tree:
 
 
 def _gather_ring(block: jax.Array, ids_C: jax.Array, axes: Axes) -> jax.Array:
-    def fill(passing: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def turn(_: jax.Array, passing: tuple[jax.Array, jax.Array]) -> Any:
         ids, rows = passing
         local, owned = _in_block(ids, block, axes)
         taken = jnp.take(block, local, axis=0, mode="clip")
-        return ids, jnp.where(owned.reshape(-1, *[1] * (block.ndim - 1)), taken, rows)
+        owned = owned.reshape(-1, *[1] * (block.ndim - 1))
+        return axes.pass_on((ids, jnp.where(owned, taken, rows)))
 
     last = axes.size() * block.shape[0] - 1
     empty = jnp.zeros((ids_C.shape[0], *block.shape[1:]), block.dtype)
-    return _around(fill, axes.vary((jnp.minimum(ids_C, last), empty)), axes)[1]
+    passing = axes.vary((jnp.minimum(ids_C, last), empty))
+    return lax.fori_loop(0, axes.size(), turn, passing)[1]
 
 
 def _scatter_ring(block: jax.Array, ids_C: jax.Array, new_C: jax.Array, axes: Axes) -> jax.Array:
@@ -79,11 +80,6 @@ def _scatter_ring(block: jax.Array, ids_C: jax.Array, new_C: jax.Array, axes: Ax
 
     passing = axes.vary((ids_C, new_C))
     return lax.fori_loop(0, axes.size(), turn, (block, passing))[0]
-
-
-def _around(change: Callable[[Any], Any], passing: Any, axes: Axes) -> Any:
-    """Sends each device's values once around the ring; every device changes them on their way."""
-    return lax.fori_loop(0, axes.size(), lambda _, x: axes.pass_on(change(x)), passing)
 
 
 def _in_block(ids: jax.Array, block: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:

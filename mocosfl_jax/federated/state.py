@@ -4,6 +4,8 @@ Leading axes: N registered clients (index = client id), C cohort slots (index = 
 cohort). A slot with the id `PADDING` is gathered from an arbitrary client and scattered to none.
 """
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -57,26 +59,20 @@ def without_cohort(server: Tree, population: Tree, slots: int) -> TrainState:
 
 
 def begin_round(
-    method: Method, state: TrainState, ids_C: jax.Array, own_C: Tree = None
+    method: Method, state: TrainState, ids_C: jax.Array, take: Callable[..., Tree] = gather
 ) -> TrainState:
     """The participants' state from the server's and what they kept.
 
     Args:
       ids_C: (C,) int32, distinct client ids, then `PADDING`; never only padding.
-      own_C: what they kept, where it was gathered before (on a mesh); None: gathered here.
+      take: `gather`, on a mesh inside `shard_map`.
     """
-    if own_C is None:
-        own_C = gather(state.population, ids_C)
     join = jax.vmap(method.join, in_axes=(None, 0), axis_size=ids_C.shape[0])
-    return state.replace(cohort_ids=ids_C, cohort=join(state.server, own_C))
+    cohort = join(state.server, take(state.population, ids_C))
+    return state.replace(cohort_ids=ids_C, cohort=cohort)
 
 
-def end_round(method: Method, state: TrainState) -> TrainState:
-    """What the participants keep goes back to the population."""
-    kept = leaving(method, state)
-    return state.replace(population=scatter(state.population, state.cohort_ids, kept))
-
-
-def leaving(method: Method, state: TrainState) -> Tree:
-    """What each participant keeps, (C, ...)."""
-    return jax.vmap(method.leave, axis_size=state.cohort_ids.shape[0])(state.cohort)
+def end_round(method: Method, state: TrainState, put: Callable[..., Tree] = scatter) -> TrainState:
+    """What the participants keep goes back to the population. put: as `take`, of `scatter`."""
+    kept = jax.vmap(method.leave, axis_size=state.cohort_ids.shape[0])(state.cohort)
+    return state.replace(population=put(state.population, state.cohort_ids, kept))

@@ -1,4 +1,4 @@
-"""What methods that average whole networks have in common, to inherit from."""
+"""A base class for methods whose clients train and average the whole network."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -44,14 +44,16 @@ class WholeNetwork:
         )
 
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
-        """What a backward pass through one view of each slot's images keeps, and two networks of
+        """What a backward pass through the views of each slot's images keeps, and two networks of
         each slot: the gradient and the new network."""
 
         def backward(network: Variables, images: jax.Array) -> Any:
             return jax.vjp(lambda network: self.model.encode(network, images), network)[1]
 
         network = self._shapes()
-        kept = jax.eval_shape(backward, network, images)
+        rows = max(1, self.views) * images.shape[0]
+        views = jax.ShapeDtypeStruct((rows, *images.shape[1:]), images.dtype)
+        kept = jax.eval_shape(backward, network, views)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype), (kept, network, network)
         )

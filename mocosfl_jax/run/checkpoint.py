@@ -265,6 +265,8 @@ def _read(path: Path, abstract_state: Any, identity: Identity) -> _Read:
     with ocp.Checkpointer(composite, multiprocessing_options=alone) as checkpointer:
         found = checkpointer.restore(path, ocp.args.Composite(**small))
         seal = found.seal if "seal" in small else None
+        if seal is not None and seal.get("layout", LAYOUT) > LAYOUT:
+            raise _UnusableError("written by a newer version")
         if seal is not None and (refusal := identity.refusal(seal)):
             raise _UnusableError(refusal)
         former = None

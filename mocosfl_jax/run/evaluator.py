@@ -4,15 +4,10 @@ from collections.abc import Callable
 
 from mocosfl_jax.config import Resolved
 from mocosfl_jax.data.dataset import Dataset
-from mocosfl_jax.evaluation.protocols import (
-    EvaluationData,
-    Splits,
-    encode_splits,
-    evaluation_data,
-    knn_monitor,
-    probe,
-    raw_pixel_knn,
-)
+from mocosfl_jax.evaluation.knn import knn_top1
+from mocosfl_jax.evaluation.linear_probe import Labelled, linear_probe
+from mocosfl_jax.evaluation.protocols import EvaluationData, Splits, encode_splits, evaluation_data
+from mocosfl_jax.evaluation.raw_pixels import raw_pixel_top1
 from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.models.split import SplitModel, Variables
 from mocosfl_jax.run.metrics import Metrics
@@ -57,11 +52,29 @@ class Evaluator:
         data = self._data
         if isinstance(data, str):
             return results
-        splits = self._encoded(variables, data)
+        config, splits = self._config, self._encoded(variables, data)
         results["knn_top1"] = self._knn(splits, data, step)
-        results["knn_top1_raw_pixels"] = raw_pixel_knn(self._config, data, self._check_stop)
-        if self._config.probe_epochs:
-            result = probe(self._config, splits, data.num_classes, self._check_stop)
+        results["knn_top1_raw_pixels"] = raw_pixel_top1(
+            *data.test,
+            *data.train,
+            data.num_classes,
+            mean=config.mean,
+            std=config.std,
+            k=config.knn_k,
+            temperature=config.knn_temperature,
+            before_batch=self._check_stop,
+        )
+        if config.probe_epochs:
+            result = linear_probe(
+                Labelled(splits.train.features, splits.train.labels),
+                Labelled(splits.test.features, splits.test.labels),
+                data.num_classes,
+                seed=config.seed,
+                learning_rate=config.probe_learning_rate,
+                batch_size=config.probe_batch_size,
+                epochs=config.probe_epochs,
+                before_epoch=self._check_stop,
+            )
             results["linear_top1"] = result.top1_last
             results["linear_top1_best_test_epoch"] = result.top1_best_test_epoch
             self._metrics.add(step, linear_top1=result.top1_last)
@@ -73,8 +86,17 @@ class Evaluator:
         )
 
     def _knn(self, splits: Splits, data: EvaluationData, step: int) -> float:
-        top1 = knn_monitor(
-            self._config, splits, data.num_classes, self._placement, self._check_stop
+        """Weighted kNN on normalised head outputs; the bank is the train split."""
+        top1 = knn_top1(
+            splits.test.embedding,
+            splits.test.labels,
+            splits.train.embedding,
+            splits.train.labels,
+            num_classes=data.num_classes,
+            k=self._config.knn_k,
+            temperature=self._config.knn_temperature,
+            placement=self._placement,
+            before_chunk=self._check_stop,
         )
         self._metrics.add(step, knn_top1=top1)
         self._progress.say(f"step {step} of {self._config.total_steps}: kNN {top1:.2f} %")

@@ -115,7 +115,7 @@ def plan(config: Resolved) -> Plan:
     def bytes_a_round(up: bool) -> int:
         return sum(times[m.when] * _bytes(m.content) for m in traffic if m.up == up)
 
-    slots = config.cohort_size // method.chunks
+    slots = -(-config.cohort_size // method.chunks)
     return Plan(
         client_params=_count(network.client),
         server_params=_count(network.server),

@@ -14,7 +14,7 @@ from mocosfl_jax.methods.mocosfl.server import ServerSide
 from mocosfl_jax.models.backbones import latent_shape
 from mocosfl_jax.models.heads import HEADS
 
-CPU_PART = 25_000_000
+CPU_CHUNK = 25_000_000
 """Images of a chunk, times (width x side of the first features)^2, that a CPU runs at full speed:
 more leave the cache and fault pages, fewer leave threads idle (docs/results/step.md)."""
 
@@ -46,10 +46,10 @@ def build(config: Resolved, axes: Axes = NO_MESH, devices: int = 1) -> MocoSFL:
 
 
 def _chunks(config: Resolved, devices: int) -> int:
-    """Parts of a device's cohort that suit it; they divide its slots."""
+    """Chunks of a device's cohort that suit it; they divide its slots."""
     if jax.default_backend() != "cpu" or HEADS[config.head].batch_norm:
         return 1
     slots = -(-config.cohort_size // devices)
     side, _, channels = latent_shape(network_of(config), config.image_size, 1)
-    parts = slots * config.batch_size * (channels * side) ** 2 // CPU_PART
-    return largest_divisor(slots, max(1, parts))
+    chunks = slots * config.batch_size * (channels * side) ** 2 // CPU_CHUNK
+    return largest_divisor(slots, max(1, chunks))

@@ -4,7 +4,6 @@ The clients' functions are mapped over the slots here, and only here; their late
 server's rows. docs/method.md numbers the steps and lists where the public code differs.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
@@ -12,16 +11,16 @@ from typing import Any, ClassVar, NamedTuple, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 from mocosfl_jax.federated.average import average, hand_out
 from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.federated.chunks import over_chunks
-from mocosfl_jax.federated.contract import Batch, Message, Metric, Metrics, StepResult, Tree
+from mocosfl_jax.federated.contract import Batch, Message, Metric, StepResult, Tree
 from mocosfl_jax.learning.queue import Queue, init_queue
 from mocosfl_jax.methods.mocosfl import client as client_side
-from mocosfl_jax.methods.mocosfl import costs
 from mocosfl_jax.methods.mocosfl import server as server_side
-from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Totals
+from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Pending, Totals
 from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents, Params
 from mocosfl_jax.methods.mocosfl.server import Learned, ServerSide, ServerState
 from mocosfl_jax.models.split import SplitModel, Variables
@@ -171,10 +170,13 @@ class MocoSFL:
         )
 
         # 1. to 3., and the clients' part of 5.: all that belongs to rows.
-        def part(cohort: Participant, batch: Batch) -> tuple[_Sums, _Rows]:
-            return self._part(complete, server.queue, count, cohort, batch)
+        def of_slots(cohort: Participant, views: Any, mask: Any, keys: Any) -> tuple[_Sums, _Rows]:
+            slots = batch._replace(views=views, mask=mask, keys=keys)
+            return self._of_slots(complete, server.queue, count, cohort, slots)
 
-        sums, own = self._over_chunks(part, cohort, batch)
+        sums, own = over_chunks(
+            of_slots, self.chunks, axes, cohort, batch.views, batch.mask, batch.keys
+        )
 
         # 4. The keys go to the queue.
         queue, queues = self._write_keys(server.queue, cohort.queue, own.learned.keys, batch.mask)
@@ -194,14 +196,21 @@ class MocoSFL:
                 clients,
                 common,
             )
+        # loss: mean over rows, views added, before the update. accuracy: percent of rows whose
+        # positive has a larger logit than every key in the queue (of the last view).
+        metrics = {
+            **{name: Metric(*parts) for name, parts in sums.client_metrics.items()},
+            "loss": Metric(sums.loss, rows),
+            "accuracy": Metric(100 * sums.correct, rows),
+        }
         return StepResult(
             MocoState(models, common, queue),
             Participant(clients, queues),
-            _metrics(sums, rows),
+            metrics,
             Messages(own.latents, _by_client(own.learned, own.latents)) if messages else None,
         )
 
-    def _part(
+    def _of_slots(
         self,
         models: ServerState,
         shared_queue: Queue | None,
@@ -230,20 +239,6 @@ class MocoSFL:
         sums = _Sums(learned.server_grad, learned.loss, learned.correct, totals)
         return sums, _Rows(clients, learned._replace(server_grad=None), latents)
 
-    def _over_chunks(
-        self,
-        part: Callable[[Participant, Batch], tuple[_Sums, _Rows]],
-        cohort: Participant,
-        batch: Batch,
-    ) -> tuple[_Sums, _Rows]:
-        """`part` of all slots, chunk by chunk."""
-
-        def of_slots(cohort: Participant, views: Any, mask: Any, keys: Any) -> tuple[_Sums, _Rows]:
-            return part(cohort, batch._replace(views=views, mask=mask, keys=keys))
-
-        slots = (cohort, batch.views, batch.mask, batch.keys)
-        return over_chunks(of_slots, self.chunks, self.axes, *slots)
-
     def _write_keys(
         self,
         shared: Queue | None,
@@ -265,7 +260,7 @@ class MocoSFL:
         mean = average(models, weight_C, self.axes)
         return client_side.receive(clients, hand_out(mean, models, self.axes)), mean
 
-    # --------------------------------------------------------------- what the loop asks besides
+    # --------------------------------------------------------------- what else the loop asks
 
     def network(self, server: MocoState, cohort: Participant | None) -> Variables:
         client = server.client.params
@@ -278,15 +273,69 @@ class MocoSFL:
         return MocoState(models, client=cast(Any, False), queue=cast(Any, False))
 
     def traffic(self, images: jax.ShapeDtypeStruct) -> tuple[Message, ...]:
-        return costs.traffic(self.model, self.client, self.align, images)
+        """Masks, one bit a row, are not counted."""
+        state, latents, _ = self._one_client(images)
+        sent = (
+            Message("query latents", True, "step", latents.query),
+            Message("key latents", True, "step", latents.key),
+        )
+        if self.client.frozen:
+            return sent
+        weights = client_side.upload(state, self.align)
+        return (
+            *sent,
+            Message("gradient of query latents", False, "step", latents.query),
+            Message("client model", True, "sync", weights),
+            Message("average of client models", False, "sync", weights),
+        )
 
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
-        groups = slots if self.private_queues else 1
-        queue = jax.ShapeDtypeStruct((groups, self.queue_rows, self.model.head.width), jnp.float32)
-        copies = 2 if self.chunks > 1 else 1  # chunks add up their gradients
-        return costs.working_set(
-            self.model, self.client, self.server, images, slots, queue, server_gradients=copies
+        _, latents, pending = self._one_client(images)
+        variables = jax.eval_shape(self.model.init, jax.random.key(0))
+        groups, width = slots if self.private_queues else 1, self.model.head.width
+        rows, views = slots * latents.query.shape[0], 2 if self.server.loss.swapped else 1
+
+        def backward(variables: Variables, latents_R: jax.Array, keys_RD: jax.Array, queue: Any):
+            def loss(params: Params) -> jax.Array:
+                return server_side.contrast(
+                    self.model,
+                    params,
+                    variables.stats,
+                    (latents_R,) * views,
+                    (keys_RD,) * views,
+                    queue,
+                    jnp.ones(rows, bool),
+                    self.server.temperature,
+                ).loss
+
+            return jax.vjp(loss, variables.server)[1]
+
+        kept = jax.eval_shape(
+            backward,
+            variables,
+            jax.ShapeDtypeStruct((rows, *latents.query.shape[1:]), latents.query.dtype),
+            jax.ShapeDtypeStruct((rows, width), jnp.float32),
+            jax.ShapeDtypeStruct((groups, self.queue_rows, width), jnp.float32),
         )
+        of_clients = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype),
+            (pending.backward, variables.client),
+        )
+        gradients = 2 if self.chunks > 1 else 1  # chunks add up theirs
+        new_models = 2  # the online model and the key encoder, beside the old ones
+        return of_clients, kept, [variables.server] * (gradients + new_models)
+
+    def _one_client(self, images: jax.ShapeDtypeStruct) -> tuple[ClientState, Latents, Pending]:
+        """Shapes of a client's state, of what it sends in a step, and of what it then holds."""
+
+        def one_step(params: Params, images: jax.Array) -> tuple[ClientState, Latents, Pending]:
+            state = ClientState(params, params, optax.EmptyState())
+            mask = jnp.ones(images.shape[0], bool)
+            rng = jax.random.key(0) if self.client.draws else None
+            return client_side.forward(self.client, state, images, images, mask, rng)
+
+        variables = jax.eval_shape(self.model.init, jax.random.key(0))
+        return jax.eval_shape(one_step, variables.client, images)
 
 
 def _negatives(shared: Queue | None, private: Queue | None) -> jax.Array:
@@ -300,11 +349,3 @@ def _negatives(shared: Queue | None, private: Queue | None) -> jax.Array:
 def _by_client(learned: Learned, latents_C: Latents) -> LatentGradient:
     """The gradient of each client's query latents, (C, B', h, w, c)."""
     return LatentGradient(learned.latent_grad.reshape(latents_C.query.shape))
-
-
-def _metrics(sums: _Sums, rows: jax.Array) -> Metrics:
-    """loss: mean over rows, views added, before the update. accuracy: percent of rows whose
-    positive has a larger logit than all of the queue (of the second direction, if there are two).
-    """
-    own = {name: Metric(*parts) for name, parts in sums.client_metrics.items()}
-    return {"loss": Metric(sums.loss, rows), "accuracy": Metric(100 * sums.correct, rows), **own}

@@ -35,7 +35,7 @@ def keys_per_step(config: Resolved) -> int:
 
 
 def _check(config: Resolved) -> None:
-    """Raises: InputError: values that cannot hold beside each other."""
+    """Raises: InputError: values that contradict each other."""
     _check_queue(config)
     _check_client_state(config)
     _check_chunks(config)
@@ -56,7 +56,7 @@ def _check_client_state(config: Resolved) -> None:
     if config.client_state != "stateless":
         return
     if not config.align_momentum:
-        lost = "a client's own momentum model would be lost: set config.align_momentum"
+        lost = "a client's own key encoder would be lost: set config.align_momentum"
         raise InputError("config.client_state", config.client_state, lost)
     if not config.feature_sharing:
         lost = "a client's private queue would be lost: persistent, or set config.feature_sharing"

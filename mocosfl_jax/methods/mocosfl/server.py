@@ -88,7 +88,7 @@ class Contrast(NamedTuple):
 class Learned(NamedTuple):
     """What the rows of some clients give.
 
-    server_grad: of the server's parameters; gradients of parts of the cohort add up. loss,
+    server_grad: of the server's parameters; gradients of chunks add up. loss,
     correct: see `Contrast`. latent_grad: of the query latents, (R, h, w, c). keys: unit keys (R, D)
     of each view. stats, key_stats: of both heads.
     """
