@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
@@ -233,6 +234,20 @@ def encoder_step(path: Path) -> int | None:
             return _description_in(stored.metadata()).step
     except Exception:  # whatever is wrong with it, it says no step
         return None
+
+
+def weights_digest(path: Path) -> str | None:
+    """Of the names and bytes of an encoder file's tensors, 16 hexadecimal digits; None: no such
+    file, or one that cannot be read."""
+    total = xxhash.xxh3_64()
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            for name in sorted(stored.keys()):
+                total.update(name.encode())
+                total.update(stored.get_tensor(name).tobytes())
+    except Exception:  # whatever is wrong with it, it is not what was written
+        return None
+    return total.hexdigest()
 
 
 def _description_in(metadata: dict[str, str] | None) -> _Description:

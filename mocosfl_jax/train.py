@@ -13,7 +13,7 @@ from mocosfl_jax.config.stored import flat_fields, to_json
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo, channel_stats
 from mocosfl_jax.data.partition import ClientImages, describe
-from mocosfl_jax.encoder import encoder_step, save_encoder
+from mocosfl_jax.encoder import encoder_step, save_encoder, weights_digest
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import axes_of, make_placement
 from mocosfl_jax.federated.state import TrainState
@@ -203,8 +203,10 @@ def train(
         checkpoints.wait()
         metrics.flush()
         clock.wall_seconds = wall_before + time.monotonic() - started
-        run, gaps = identity.digest, begun.gaps
-        summary = summarize(config, run, clock, results, dataset, placement, gaps)
+        encoder = weights_digest(workdir.encoder_path)
+        summary = summarize(
+            config, identity.digest, encoder, clock, results, dataset, placement, begun.gaps
+        )
         if is_primary():
             write_json(workdir.summary_path, summary)
     return summary
@@ -271,7 +273,8 @@ def finished(
 ) -> Summary | None:
     """The summary of a run that is complete, with the encoder that belongs to it.
 
-    An encoder that is missing, or of another step, is made again from the last checkpoint.
+    An encoder that is missing, of another step or of other weights is made again from the last
+    checkpoint.
 
     Args:
       config: resolved, but for mean and std.
@@ -292,8 +295,9 @@ def finished(
     run = summary.get("run", identity.digest)  # version 0.1.0 did not say
     if steps[:1] != [total] or summary["steps"] != total or run != identity.digest:
         return None
-    if encoder_step(workdir.encoder_path) == total:
-        return summary
+    path = workdir.encoder_path
+    if encoder_step(path) == total and summary.get("encoder") in (None, weights_digest(path)):
+        return summary  # version 0.1.0 did not store the digest
     placement = make_placement(config.devices, config.server_shards)
     program = program_of(config, axes_of(config.server_shards), placement.devices)
     rounds = Rounds(config, placement, program)

@@ -335,7 +335,9 @@ def test_metrics_that_are_missing_are_named(copy, npz, capsys):
 # -------------------------------------------------------------------------------------- encoder
 
 
-@pytest.mark.parametrize("stale", ["missing", "of an earlier step", "of no step"])
+@pytest.mark.parametrize(
+    "stale", ["missing", "of an earlier step", "of no step", "flipped", "of another seed"]
+)
 def test_a_finished_run_has_its_own_encoder(copy, whole, npz, tmp_path, stale):
     """Whatever happened between the last checkpoint and the encoder."""
     encoder = copy / "encoder.safetensors"
@@ -346,6 +348,13 @@ def test_a_finished_run_has_its_own_encoder(copy, whole, npz, tmp_path, stale):
         assert encoder_step(encoder) == 6
     if stale == "of no step":
         shutil.copy(Path(__file__).parent / "version_0_1" / "persistent.safetensors", encoder)
+    if stale == "flipped":
+        content = bytearray((whole / "encoder.safetensors").read_bytes())
+        content[-9] ^= 1  # in the last tensor
+        encoder.write_bytes(content)
+    if stale == "of another seed":
+        run(tmp_path / "other", npz, seed=1)
+        shutil.copy(tmp_path / "other" / "encoder.safetensors", encoder)
     summary = run(copy, npz)
     assert summary == json.loads((whole / "summary.json").read_text())
     assert encoder_step(encoder) == summary["steps"] == 18

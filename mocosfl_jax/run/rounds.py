@@ -117,7 +117,7 @@ class Rounds:
             state = state.replace(cohort_ids=ids)
         return jax.tree.map(self._with_padding, state, self._shapes, self._shardings)
 
-    # --------------------------------------------------------------------------------- what the loop asks
+    # ------------------------------------------------------------------------ what the loop asks
 
     def network(self, state: TrainState, step: int) -> Variables:
         """The network that is evaluated and exported at a step."""

@@ -23,6 +23,7 @@ Summary = dict[str, Any]
 def summarize(
     config: Resolved,
     run: str,
+    encoder: str | None,
     clock: Clock,
     results: dict[str, float | None],
     dataset: Dataset,
@@ -37,6 +38,7 @@ def summarize(
     Args:
       config: of the run.
       run: `Identity.digest`.
+      encoder: `weights_digest` of the run's encoder file.
       clock: what the whole run took, restarts included.
       results: accuracies by their name in `NUMBERS`; None where a protocol was skipped.
       dataset: its number of test images is reported.
@@ -48,6 +50,7 @@ def summarize(
     return {
         **results,
         "run": run,
+        "encoder": encoder,
         "knn_top1_at_init": clock.knn_top1_at_init,
         "test_images": len(dataset.test.images) if dataset.test else 0,
         "steps": config.total_steps,
