@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mocosfl_jax.config import check_types, resolve
+from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.encoder import encoder_step
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import single_device
@@ -359,3 +362,12 @@ def test_a_finished_run_has_its_own_encoder(copy, whole, npz, tmp_path, stale):
     assert summary == json.loads((whole / "summary.json").read_text())
     assert encoder_step(encoder) == summary["steps"] == 18
     assert encoder.read_bytes() == (whole / "encoder.safetensors").read_bytes()
+
+
+def test_the_identity_of_a_run_outlives_versions():
+    """Computed by version 0.1, from the same config file."""
+    file = Path(__file__).parents[1] / "configs" / "quickstart.py"
+    raw = runpy.run_path(str(file))["get_config"]()
+    info = DatasetInfo("cifar10", 50_000, 10_000, 32, 10)
+    config = resolve(check_types(raw), info)
+    assert Identity(config, "x").digest == "1925a68e9ca831cc"
