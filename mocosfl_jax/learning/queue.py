@@ -24,13 +24,6 @@ def init_queue(key: jax.Array, length: int, width: int) -> Queue:
     return Queue(normalize(jax.random.normal(key, (length, width))), jnp.zeros((), jnp.int32))
 
 
-def init_private_queues(key: jax.Array, num_clients: int, length: int, width: int) -> Queue:
-    """A queue of length // num_clients rows for each client; leading axis N."""
-    rows = length // num_clients
-    keys = jax.random.split(key, num_clients)
-    return jax.vmap(lambda k: init_queue(k, rows, width))(keys)
-
-
 def enqueue(queue: Queue, keys_MD: jax.Array, mask_M: jax.Array) -> Queue:
     """Writes the rows that the mask keeps at the pointer, in order, wrapping at the end.
 
