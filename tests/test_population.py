@@ -137,8 +137,7 @@ def test_rows_go_to_their_clients_and_nothing_else_changes(mesh, sharded):
 def test_without_a_mesh_they_do_the_same():
     population, rows = awkward(CLIENTS, seed=4), awkward(4, seed=5)
     ids = jnp.asarray([4, 1, 0, PADDING], jnp.int32)
-    got = gather(population, ids)
-    assert_same_bits(got, jax.tree.map(lambda x: x[[4, 1, 0, 4]], population))
+    assert_same_bits(gather(population, ids), jax.tree.map(lambda x: x[[4, 1, 0, 4]], population))
     expected = jax.tree.map(np.copy, population)
     for name in expected:
         expected[name][[4, 1, 0]] = rows[name][:3]
@@ -151,10 +150,10 @@ def test_without_a_mesh_they_do_the_same():
 class Run:
     """A run as the training loop does it, without evaluation and log."""
 
-    def __init__(self, npz: Path, devices: int, shards: int = 1, **fields):
+    def __init__(self, npz: Path, devices: int, **fields):
         self.config, self._dataset = tiny.load(npz, **{**FIELDS, **fields})
-        self._placement = make_placement(devices, shards)
-        self._program = program_of(self.config, axes_of(shards), devices)
+        self._placement = make_placement(devices, 1)
+        self._program = program_of(self.config, axes_of(1), devices)
         self.rounds = Rounds(self.config, self._placement, self._program)
         self._partition = partition_of(
             self.config, len(self._dataset.train.images), self._dataset.train.labels
@@ -207,11 +206,11 @@ def one(npz) -> dict[int, chex.ArrayTree]:
     run = Run(npz, devices=1)
     drawn = [set(run.sampler.draw(round_)) for round_ in range(3)]
     assert drawn[0] & drawn[1] and drawn[1] != drawn[2]  # some come back, and not always the same
-    states = {0: run.rounds.initial_state()}
-    saved = {0: run.rounds.unpadded(states[0])}
-    middle = run.train(states[0], 0, MIDDLE)
-    saved[MIDDLE] = run.rounds.unpadded(middle)
-    saved[END] = run.rounds.unpadded(run.train(middle, MIDDLE, END))
+    state = run.rounds.initial_state()
+    saved = {0: run.rounds.unpadded(state)}
+    state = run.train(state, 0, MIDDLE)
+    saved[MIDDLE] = run.rounds.unpadded(state)
+    saved[END] = run.rounds.unpadded(run.train(state, MIDDLE, END))
     return saved
 
 
@@ -370,11 +369,10 @@ def test_only_slots_travel_when_a_round_begins_and_ends(name, programs):
 
 
 def test_small_leaves_are_gathered_and_large_ones_are_not(npz):
-    smallest = 4 * 40 * 100  # bytes of a leaf of 100 numbers a client
-    end = Programs(npz, DEVICES, smallest).end
-    gathered = [c for c in collectives(end.as_text()) if c.operation == "all-gather"]
-    assert gathered
-    assert max(c.operand_bytes for c in gathered) < 4 * 100 * 32 // DEVICES
+    end = Programs(npz, DEVICES, 4 * 40 * 100).end  # bytes of a leaf of 100 numbers a client
+    found = collectives(end.as_text())
+    gathered = [c.operand_bytes for c in found if c.operation == "all-gather"]
+    assert gathered and max(gathered) < 4 * 100 * 32 // DEVICES
 
 
 def test_one_device_writes_in_place(npz):

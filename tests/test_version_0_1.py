@@ -21,7 +21,9 @@ from mocosfl_jax.config import check_types, default_config
 from mocosfl_jax.config.data import data_options
 from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.sources import inspect_dataset, load_dataset
-from mocosfl_jax.run.workdir import WorkDir
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.run.checkpoint import Identity, data_digest
+from mocosfl_jax.run.workdir import WorkDir, read_stored
 from mocosfl_jax.train import train
 from tests import tiny
 
@@ -64,11 +66,16 @@ def answers() -> dict[str, np.ndarray]:
     return dict(np.load(FILES / "answers.npz"))
 
 
+def unpacked(name: str, folder: Path) -> Path:
+    """The work directory of that name, below the folder."""
+    with tarfile.open(FILES / f"{name}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / name
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(name, answers, tmp_path, capsys):
-    with tarfile.open(FILES / f"{name}.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    summary = resume(tmp_path / name, **RUNS[name])
+    summary = resume(unpacked(name, tmp_path), **RUNS[name])
     assert "resumed at step 9 of 12" in capsys.readouterr().out
     text = (tmp_path / name / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
@@ -81,6 +88,20 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(name, answers, tmp_
     for tensor in want:
         scale = np.abs(want[tensor]).max()
         np.testing.assert_allclose(got[tensor], want[tensor], atol=1e-3 * scale, err_msg=tensor)
+
+
+def test_damage_is_found_in_a_former_layout(tmp_path):
+    folder = unpacked("before_layout", tmp_path)
+    clock = folder / "checkpoints" / "9" / "clock" / "metadata"
+    clock.write_text(clock.read_text().replace('"monitored_step": 0', '"monitored_step": 1'))
+    with pytest.raises(InputError, match=r"\(9: damaged: its digest does not match\)"):
+        resume(folder, **RUNS["before_layout"])
+
+
+def test_a_run_keeps_its_identity(tmp_path):
+    """Else a finished one would be trained again. It is what the same run's summary.json had."""
+    stored = read_stored(unpacked("before_layout", tmp_path))
+    assert Identity(stored.config, data_digest(stored.data)).digest == "c37ff30fa4436945"
 
 
 def encoder_of(name: str) -> Path:
