@@ -168,12 +168,27 @@ def test_a_section_may_be_left_out_in_part(section, rate):
     assert check_types({**raw, "toy": section}).section(Toy) == Toy(rate=rate)
 
 
+def test_an_unset_field_of_a_section_has_its_default():
+    raw = default_config(NAME)
+    assert raw.toy.rate is None
+    assert check_types(raw).section(Toy) == Toy()
+
+
+def test_a_section_in_which_nothing_is_set_leaves_the_method_free():
+    """A sweep may compare methods on one base config."""
+    raw = default_config(NAME)
+    raw.method = "mocosfl"
+    assert check_types(raw).sections == {}
+    raw.toy.rate = 0.25
+    with pytest.raises(InputError, match=r"config.toy = \{'rate': 0.25\}: method 'mocosfl' has no"):
+        check_types(raw)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
         ("toy", {"rate": 1.0}, "config.toy.rate = 1.0: a number in [0, 1) is needed"),
         ("toy", {"rate": "fast"}, "config.toy.rate = 'fast': a number is needed"),
-        ("toy", {"rate": None}, "config.toy.rate = None: a number is needed"),
         ("toy", {"rate": 1e-300}, "config.toy.rate = 1e-300: "),
         ("toy", {"sizes": 3}, "config.toy.sizes = 3: a tuple"),
         ("toy", {"form": "flat"}, "config.toy.form = 'flat': one of round, square is needed"),

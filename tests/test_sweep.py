@@ -360,7 +360,6 @@ def test_variants_that_set_and_unset_fields_of_a_section(npz, capsys):
         ("sweep.grid.toy.speed = (1.0,)", "speed"),
         ("sweep.grid.toy = (1.0,)", "toy"),
         ("sweep.unset = ('toy',)", "config.unset = 'toy': a field of the runs"),
-        ("sweep.unset = ('toy.rate',)", "config.toy.rate = None: a number is needed"),
         ("sweep.columns = 'toy'", "config.columns = 'toy': a field of the runs"),
         ("sweep.variants = {'A': {'toy': {'speed': 1}}}", "['A'].toy.speed = 1: no such field"),
         ("sweep.variants = {'A': {'toy': 1}}", "config.variants['A'].toy = 1: no such field"),

@@ -23,7 +23,6 @@ from mocosfl_jax.data.sources import prepare_dataset
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.numbers import NUMBERS
 from mocosfl_jax.run.commandline import define_flags, parse
-from mocosfl_jax.run.program import check_labels, program_of
 
 Fields = dict[str, Any]
 """Values of config fields by name; a field of a section is named `section.field`."""
@@ -164,9 +163,7 @@ def _checked(run: Run, prepare: Callable[[Config], Prepared] | None) -> Config:
         config = check_types(_load(run))
         if prepare is not None:
             check_fields(config)
-            prepared = prepare(config)
-            resolved, _ = deal(config, prepared)
-            check_labels(resolved, program_of(resolved), prepared.info)
+            deal(config, prepare(config))
     except InputError as error:
         error.args = (f"{error} (run {run.name})",)
         raise
