@@ -149,12 +149,10 @@ def test_fields_of_a_section_are_flags(toy_file):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("--config.toy.rate=None", "config.toy.rate = None: a number is needed"),
         ("--config.toy.rate=1.5", "config.toy.rate = 1.5: a number in [0, 1) is needed"),
         ("--config.toy.rate=fast", "could not convert string to float: 'fast'"),
         ("--config.toy.rates=1", "no such field"),
         ("--config.toy=1", "'1' as a ConfigDict"),
-        ("--config.method=mocosfl", "method 'mocosfl' has no such section"),
         ("--config.cut=2", "config.cut = 2: method 'tests.test_recipe:TOY' does not read it"),
     ],
 )
