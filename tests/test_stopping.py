@@ -201,7 +201,7 @@ with stop_requests() as stop:
     iteration = 0
     while not stop.requested():
         time.sleep(0.01 * process)
-        total, iteration = add(ones), iteration + 1
+        total, iteration = add(ones).block_until_ready(), iteration + 1
     print(total, iteration)
 """
 
