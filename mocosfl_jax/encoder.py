@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from mocosfl_jax import __version__
-from mocosfl_jax.config import Config
+from mocosfl_jax.config import Config, Resolved
 from mocosfl_jax.config.checks import check_fields
 from mocosfl_jax.config.network import model_of
 from mocosfl_jax.config.stored import config_from_json
@@ -179,7 +179,7 @@ class _Description(NamedTuple):
     version: str | None
 
 
-def save_encoder(path: Path, config: Config, variables: Variables, step: int) -> None:
+def save_encoder(path: Path, config: Resolved, variables: Variables, step: int) -> None:
     """Replaces an encoder file at once: a reader sees the old one or the new one.
 
     It holds the weights (float32, named `client/unit0/conv/kernel` and so on; HWIO kernels) and, as
@@ -187,7 +187,7 @@ def save_encoder(path: Path, config: Config, variables: Variables, step: int) ->
 
     Args:
       path: of the file.
-      config: resolved.
+      config: of the run.
       variables: of the trained network.
       step: training steps behind it.
     Raises: StorageError: the file cannot be written; the one that was there stays.

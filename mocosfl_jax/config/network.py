@@ -25,15 +25,11 @@ def model_of(config: Config, row_axes: tuple[str, ...] = ()) -> SplitModel:
       row_axes: mesh axes over which server rows are spread, none without a mesh.
     """
     return build_model(
-        backbone=config.backbone,
-        blocks_per_stage=config.blocks_per_stage,
-        width=config.width,
-        stem=config.stem,
+        **vars(network_of(config)),
         cut=config.cut,
         bottleneck=parse_bottleneck(config.bottleneck),
         head=config.head,
         head_width=config.head_width,
         image_size=config.image_size,
-        compute_dtype=config.compute_dtype,
         row_axes=row_axes,
     )

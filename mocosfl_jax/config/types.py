@@ -61,15 +61,15 @@ def check_types(raw: Mapping[str, Any], where: str = "config") -> Config:
     """
     method = _typed(f"{where}.method", ValueType(str), raw.get("method"))
     kinds = find_recipe(method, f"{where}.method").sections
-    flat = {name: value for name, value in raw.items() if name not in kinds}
-    foreign = set()  # sections of another method, in which nothing is set
-    for name, value in flat.items():
-        if isinstance(value, ConfigDict | Mapping) and name not in value_types(Config):
-            given = {field: x for field, x in value.items() if x is not None}
-            if given:
-                raise InputError(f"{where}.{name}", given, f"method {method!r} has no such section")
-            foreign.add(name)
-    values = _typed_values(Config, {n: x for n, x in flat.items() if n not in foreign}, where)
+    flat = {}
+    for name, value in raw.items():
+        if name in kinds:
+            continue
+        if name in value_types(Config) or not isinstance(value, ConfigDict | Mapping):
+            flat[name] = value
+        elif given := {field: x for field, x in value.items() if x is not None}:
+            raise InputError(f"{where}.{name}", given, f"method {method!r} has no such section")
+    values = _typed_values(Config, flat, where)
     sections = {
         name: _section(kind, raw.get(name), f"{where}.{name}") for name, kind in kinds.items()
     }

@@ -137,7 +137,8 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
 
 
 def check(runs: dict[str, Run], finished: Collection[str] = ()) -> dict[str, Config]:
-    """The config of each run, unset fields left unset, after all checks that `main` would make.
+    """The config of each run, unset fields left unset, after the checks that `main` makes before it
+    builds the method.
 
     Args: finished: names of runs whose data need not be there any more.
     Raises: InputError: names the field, its value, what is allowed, and the run.

@@ -17,7 +17,7 @@ from mocosfl_jax.methods.mocosfl.server import ServerState
 
 
 class FormerServer(flax.struct.PyTreeNode):
-    """The fields of `ServerState`, in its order."""
+    """momentum: the key encoder. buffers: the optimizer state. momentum_stats: of its head."""
 
     params: Any
     momentum: Any
@@ -48,11 +48,18 @@ class FormerState(flax.struct.PyTreeNode):
 
 def to_former(state: TrainState) -> FormerState:
     """The same leaves in their former places."""
-    common, kept, client = state.server.client, state.population, state.cohort.client
+    server, common = state.server.server, state.server.client
+    kept, client = state.population, state.cohort.client
     key_params = kept.key_params if common.key_params is None else common.key_params
     return FormerState(
         step=state.step,
-        server=FormerServer(*vars(state.server.server).values()),
+        server=FormerServer(
+            params=server.params,
+            momentum=server.key_params,
+            buffers=server.opt_state,
+            stats=server.stats,
+            momentum_stats=server.key_stats,
+        ),
         population=FormerClients(common.params, key_params, kept.opt_state, kept.queue),
         cohort_ids=state.cohort_ids,
         cohort=FormerClients(
@@ -64,14 +71,20 @@ def to_former(state: TrainState) -> FormerState:
 
 def from_former(former: FormerState, like: TrainState) -> TrainState:
     """The same leaves in the places of today, those of `like`."""
-    clients, cohort = former.population, former.cohort
+    server, clients, cohort = former.server, former.population, former.cohort
     aligned = like.server.client.key_params is not None
     own_keys, common_keys = (None, clients.momentum) if aligned else (clients.momentum, None)
     client = ClientState(cohort.params, cohort.momentum, cohort.buffers)
     return TrainState(
         step=former.step,
         server=MocoState(
-            server=ServerState(*vars(former.server).values()),
+            server=ServerState(
+                params=server.params,
+                key_params=server.momentum,
+                opt_state=server.buffers,
+                stats=server.stats,
+                key_stats=server.momentum_stats,
+            ),
             client=ClientModel(clients.params, common_keys),
             queue=former.queue,
         ),
