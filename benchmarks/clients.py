@@ -30,7 +30,7 @@ from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.data.partition import by_classes
 from mocosfl_jax.federated.dispatch import Images
-from mocosfl_jax.federated.placement import axes_of, make_placement
+from mocosfl_jax.federated.placement import make_placement
 from mocosfl_jax.run.feed import Dispatch, dispatches
 from mocosfl_jax.run.processes import use_compilation_cache
 from mocosfl_jax.run.program import program_of
@@ -72,7 +72,7 @@ class Loop:
         self.samples = config.cohort_size * config.batch_size * STEPS
         self._placement = make_placement(1, 1)
         self._split = data.train
-        self._program = program_of(config, axes_of(1))
+        self._program = program_of(config, self._placement)
         self._rounds = Rounds(config, self._placement, self._program)
         self._constants = run_constants(config, self._placement)
         self._feed: Iterator[Dispatch] = dispatches(

@@ -29,7 +29,7 @@ from mocosfl_jax.config.data import partition_of
 from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset, Split
-from mocosfl_jax.federated.placement import axes_of, make_placement
+from mocosfl_jax.federated.placement import make_placement
 from mocosfl_jax.main import define_flags
 from mocosfl_jax.run.feed import dispatches
 from mocosfl_jax.run.plan import plan
@@ -105,7 +105,7 @@ class OneDispatch:
 
     def __init__(self, config: Resolved, devices: int, server_shards: int = 1):
         self.placement = make_placement(devices, server_shards)
-        program = program_of(config, axes_of(server_shards), devices)
+        program = program_of(config, self.placement)
         rounds = Rounds(config, self.placement, program)
         data = random_images(config)
         partition = partition_of(config, len(data.train.images), data.train.labels)

@@ -189,7 +189,7 @@ def _check_folder(folder: Path, config: "Resolved", prepared: "Prepared") -> Non
 
 def _machine_checks(config: "Resolved", prepared: "Prepared") -> Iterator[Callable[[], None]]:
     from mocosfl_jax.data.sources import check_memory
-    from mocosfl_jax.federated.placement import axes_of, make_placement, single_device
+    from mocosfl_jax.federated.placement import make_placement, single_device
     from mocosfl_jax.machine import device_memory_bytes, machine_memory_bytes
     from mocosfl_jax.run.plan import check_clients_fit, check_fits
     from mocosfl_jax.run.program import program_of
@@ -203,7 +203,7 @@ def _machine_checks(config: "Resolved", prepared: "Prepared") -> Iterator[Callab
             placement = make_placement(config.devices, config.server_shards)
         except InputError:  # another machine's, of which nothing is known
             placement = single_device()
-        program = program_of(config, axes_of(config.server_shards), placement.devices)
+        program = program_of(config, placement)
         rounds = Rounds(config, placement, program)
         check_fits(config, rounds.bytes_a_device(), device_memory_bytes())
 

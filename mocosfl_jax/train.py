@@ -13,9 +13,8 @@ from mocosfl_jax.config.stored import flat_fields, to_json
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo, channel_stats
 from mocosfl_jax.data.partition import ClientImages, describe
-from mocosfl_jax.encoder import encoder_step, save_encoder, weights_digest
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.federated.placement import axes_of, make_placement
+from mocosfl_jax.federated.placement import make_placement
 from mocosfl_jax.federated.state import TrainState
 from mocosfl_jax.machine import device_memory_bytes, machine_memory_bytes
 from mocosfl_jax.models.split import Variables
@@ -27,6 +26,7 @@ from mocosfl_jax.run.checkpoint import (
     find_newest,
     saved_steps,
 )
+from mocosfl_jax.run.encoder_file import encoder_step, save_encoder, weights_digest
 from mocosfl_jax.run.evaluator import Evaluator
 from mocosfl_jax.run.feed import dispatches, prefetch
 from mocosfl_jax.run.metrics import (
@@ -88,7 +88,7 @@ def train(
     config = with_channel_stats(workdir.claim(config, dataset.info), dataset)
     workdir.check_same(config)
     placement = make_placement(config.devices, config.server_shards)
-    program = program_of(config, axes_of(config.server_shards), placement.devices)
+    program = program_of(config, placement)
     check_labels(config, program, dataset.info)
     rounds = Rounds(config, placement, program)
     check_fits(config, rounds.bytes_a_device(), device_memory_bytes())
@@ -299,7 +299,7 @@ def finished(
     if encoder_step(path) == total and summary.get("encoder") in (None, weights_digest(path)):
         return summary  # version 0.1.0 did not store the digest
     placement = make_placement(config.devices, config.server_shards)
-    program = program_of(config, axes_of(config.server_shards), placement.devices)
+    program = program_of(config, placement)
     rounds = Rounds(config, placement, program)
     shapes, folder = rounds.abstract_unpadded(), workdir.checkpoints_path
     newest = find_newest(folder, shapes, identity, startup.agree).restored

@@ -29,6 +29,7 @@ from mocosfl_jax.methods.mocosfl.messages import ClientModel
 from mocosfl_jax.methods.mocosfl.method import MocoSFL, MocoState
 from mocosfl_jax.methods.mocosfl.server import ServerSide, ServerState
 from mocosfl_jax.models.bottleneck import parse_bottleneck
+from mocosfl_jax.models.contract import Network
 from mocosfl_jax.models.split import Params, SplitModel, build_model
 from tests.named_arrays import normal, parameter
 
@@ -44,10 +45,7 @@ IMAGE_SIZE = 32
 
 def golden_model(config: dict[str, Any]) -> SplitModel:
     return build_model(
-        backbone="resnet18",
-        blocks_per_stage=(2, 2, 2, 2),
-        width=64,
-        stem="3x3s1",
+        Network("resnet18", 64, (2, 2, 2, 2), "3x3s1"),
         cut=config["cut"],
         bottleneck=parse_bottleneck(config["bottleneck"]),
         head="V2",

@@ -138,9 +138,7 @@ def test_another_family_is_one_line_of_the_table(stems):
         (3, 3, 32),
     ]
     check_network(network, cut=3)
-    model = build_model(
-        backbone=stems, width=8, cut=2, bottleneck=None, head="V2", head_width=16, image_size=20
-    )
+    model = build_model(network, cut=2, bottleneck=None, head="V2", head_width=16, image_size=20)
     variables = jax.eval_shape(model.init, jax.random.key(0))
     assert sorted(variables.client) == ["unit0", "unit1"]
     assert sorted(variables.server) == ["head", "unit2"]

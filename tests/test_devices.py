@@ -17,7 +17,7 @@ from benchmarks.devices import collectives
 from mocosfl_jax.config.data import partition_of
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.federated.placement import axes_of, make_placement
+from mocosfl_jax.federated.placement import make_placement
 from mocosfl_jax.run.feed import dispatches
 from mocosfl_jax.run.program import program_of
 from mocosfl_jax.run.progress import Progress
@@ -132,7 +132,8 @@ def test_server_parameters_are_split_where_asked(npz):
 def test_devices_exchange_gradients_keys_and_client_models_only(npz, loss, aligned):
     fields = {"loss": loss, "align_momentum": aligned, "cohort_size": 4, "mean": (0.5,) * 3}
     config, dataset = tiny.load(npz, **{**FIELDS, **fields, "std": (0.5,) * 3})
-    placement, program = make_placement(4, 1), program_of(config, axes_of(1))
+    placement = make_placement(4, 1)
+    program = program_of(config, placement)
     rounds = Rounds(config, placement, program)
     partition = partition_of(config, len(dataset.train.images), dataset.train.labels)
     sampler = CohortSampler(partition, config.cohort_size, config.seed)

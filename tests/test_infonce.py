@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from mocosfl_jax.learning.infonce import infonce, normalize
-from mocosfl_jax.methods.mocosfl.server import contrast
+from mocosfl_jax.learning.losses import LOSSES
+from mocosfl_jax.learning.sgd import sgd
+from mocosfl_jax.methods.mocosfl.server import ServerSide, contrast
+from mocosfl_jax.models.contract import Network
 from mocosfl_jax.models.split import SplitModel, build_model
 
 WIDTH = 6
@@ -94,10 +97,7 @@ def test_normalize_gives_unit_rows_and_leaves_zero_finite():
 def tiny_model() -> SplitModel:
     """A server that only pools and has a linear head."""
     return build_model(
-        backbone="resnet18",
-        blocks_per_stage=(),
-        width=4,
-        stem="3x3s1",
+        Network("resnet18", 4, (), "3x3s1"),
         cut=1,
         bottleneck=None,
         head="V1",
@@ -114,8 +114,9 @@ def test_contrast_sums_the_rows_that_count_each_against_its_own_queue(groups):
     keys, queue = (unit(1, rows), unit(2, rows)), unit(3, groups, 5)
     keys[1][:2] = np.asarray(normalize(model_output(model, variables, views[1])))[:2]
     mask = np.array([True, False, True, True, True, False])
+    side = ServerSide(model, sgd(0.9, 0.0), LOSSES["server"], temperature=0.2, ema=0.9)
     result = jax.jit(contrast, static_argnums=0)(
-        model, variables.server, variables.stats, views, keys, queue, jnp.asarray(mask), 0.2
+        side, variables.server, variables.stats, views, keys, queue, jnp.asarray(mask)
     )
 
     total = 0.0

@@ -10,6 +10,7 @@ import pytest
 
 from mocosfl_jax.methods.mocosfl.server import embed_views
 from mocosfl_jax.models.bottleneck import parse_bottleneck
+from mocosfl_jax.models.contract import Network
 from mocosfl_jax.models.heads import HEADS, Head
 from mocosfl_jax.models.split import SplitModel, Variables, build_model
 from mocosfl_jax.models.units import StandardizedConv, standardize
@@ -19,18 +20,17 @@ UNITS = 3  # of the tiny network
 
 
 def tiny(**changes) -> SplitModel:
-    settings = {
+    network = {
         "backbone": "resnet18",
-        "blocks_per_stage": (1, 1),
         "width": 8,
+        "blocks_per_stage": (1, 1),
         "stem": "3x3s1",
-        "cut": 1,
-        "bottleneck": None,
-        "head": "V2",
-        "head_width": 16,
-        "image_size": SIZE,
+        "compute_dtype": "float32",
     }
-    return build_model(**settings | changes)
+    others = {"cut": 1, "bottleneck": None, "head": "V2", "head_width": 16, "image_size": SIZE}
+    for name, value in changes.items():
+        (network if name in network else others)[name] = value
+    return build_model(Network(**network), **others)
 
 
 def paper(backbone: str = "resnet18", **changes) -> SplitModel:

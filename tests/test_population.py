@@ -14,7 +14,7 @@ from mocosfl_jax.config.data import partition_of
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.federated import placement as placements
 from mocosfl_jax.federated.axes import Axes
-from mocosfl_jax.federated.placement import ROWS, axes_of, make_placement
+from mocosfl_jax.federated.placement import ROWS, make_placement
 from mocosfl_jax.federated.population import gather, scatter
 from mocosfl_jax.federated.state import PADDING
 from mocosfl_jax.run.checkpoint import Checkpoints, Clock, Identity, find_newest
@@ -153,7 +153,7 @@ class Run:
     def __init__(self, npz: Path, devices: int, **fields):
         self.config, self._dataset = tiny.load(npz, **{**FIELDS, **fields})
         self._placement = make_placement(devices, 1)
-        self._program = program_of(self.config, axes_of(1), devices)
+        self._program = program_of(self.config, self._placement)
         self.rounds = Rounds(self.config, self._placement, self._program)
         self._partition = partition_of(
             self.config, len(self._dataset.train.images), self._dataset.train.labels

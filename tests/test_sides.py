@@ -22,6 +22,7 @@ from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState
 from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents
 from mocosfl_jax.methods.mocosfl.method import MocoSFL, MocoState, Participant
 from mocosfl_jax.methods.mocosfl.server import ServerSide, ServerState
+from mocosfl_jax.models.contract import Network
 from mocosfl_jax.models.split import SplitModel, build_model
 
 CLIENTS, BATCH, SIZE = 3, 2, 8
@@ -148,10 +149,7 @@ def run_parties(
 @functools.cache
 def tiny_model() -> SplitModel:
     return build_model(
-        backbone="resnet18",
-        blocks_per_stage=(1, 1),
-        width=8,
-        stem="3x3s1",
+        Network("resnet18", 8, (1, 1), "3x3s1"),
         cut=2,
         bottleneck=None,
         head="V2",

@@ -15,6 +15,7 @@ from mocosfl_jax.learning.sgd import sgd
 from mocosfl_jax.methods.mocosfl.client import ClientSide
 from mocosfl_jax.methods.mocosfl.method import MocoSFL
 from mocosfl_jax.methods.mocosfl.server import ServerSide
+from mocosfl_jax.models.contract import Network
 from mocosfl_jax.models.split import SplitModel, build_model
 
 CLIENTS, BATCH, SIZE = 5, 2, 8
@@ -30,17 +31,11 @@ MASK = [[True, True], [False, True], [True, True]]  # a row without an image
 
 @functools.cache
 def tiny_model(head: str = "V2", **changes) -> SplitModel:
-    settings = {
-        "backbone": "resnet18",
-        "blocks_per_stage": (1, 1),
-        "width": 8,
-        "stem": "3x3s1",
-        "cut": 2,
-        "bottleneck": None,
-        "head_width": 8,
-        "image_size": SIZE,
-    }
-    return build_model(head=head, **settings | changes)
+    network = {"backbone": "resnet18", "width": 8, "blocks_per_stage": (1, 1), "stem": "3x3s1"}
+    others = {"cut": 2, "bottleneck": None, "head_width": 8, "image_size": SIZE}
+    for name, value in changes.items():
+        (network if name in network else others)[name] = value
+    return build_model(Network(**network), head=head, **others)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ def model_of(config: Config, row_axes: tuple[str, ...] = ()) -> SplitModel:
       row_axes: mesh axes over which server rows are spread, none without a mesh.
     """
     return build_model(
-        **vars(network_of(config)),
+        network_of(config),
         cut=config.cut,
         bottleneck=parse_bottleneck(config.bottleneck),
         head=config.head,

@@ -37,11 +37,6 @@ SHARDED_FROM = 2**20
 """Bytes from which a leaf of the population is sharded over N; smaller ones are replicated."""
 
 
-def axes_of(server_shards: int) -> Axes:
-    """What a method needs to know of the mesh."""
-    return Axes(ROWS, "server" if server_shards > 1 else None)
-
-
 @dataclass(frozen=True)
 class Placement:
     """The mesh of a run, and arrays on it."""
@@ -51,6 +46,11 @@ class Placement:
     @property
     def devices(self) -> int:
         return self.mesh.size
+
+    @property
+    def axes(self) -> Axes:
+        """What a method needs to know of the mesh."""
+        return Axes(ROWS, "server" if self.mesh.shape["server"] > 1 else None)
 
     @property
     def replicated(self) -> NamedSharding:

@@ -92,17 +92,13 @@ class SplitModel:
 
 
 def build_model(
+    network: Network,
     *,
-    backbone: str,
-    width: int,
     cut: int,
     bottleneck: BottleneckShape | None,
     head: str,
     head_width: int,
     image_size: int,
-    blocks_per_stage: tuple[int, ...] | None = None,
-    stem: str | None = None,
-    compute_dtype: str = "float32",
     row_axes: tuple[str, ...] = (),
 ) -> SplitModel:
     """The split network of a resolved config (see `mocosfl_jax.config` for the fields).
@@ -112,14 +108,12 @@ def build_model(
     Args:
       bottleneck: parsed shape, or None.
       image_size: side of the square input, in pixels.
-      blocks_per_stage, stem: None: the backbone's own, or it does not read them.
       row_axes: mesh axes over which server rows are spread, none without a mesh.
     """
-    network = Network(backbone, width, blocks_per_stage, stem, compute_dtype)
-    dtype = jnp.dtype(compute_dtype)
+    dtype = jnp.dtype(network.compute_dtype)
     units = units_of(network, image_size)
     *_, channels = latent_shape(network, image_size, cut)
-    shape, expansion = HEADS[head], BACKBONES[backbone].expansion
+    shape, expansion = HEADS[head], BACKBONES[network.backbone].expansion
     hidden = head_width * shape.hidden * (expansion if shape.expands else 1)
     return SplitModel(
         client=ClientNet(units[:cut], bottleneck, dtype),

@@ -7,13 +7,15 @@ from mocosfl_jax.config.recipe import find_recipe
 from mocosfl_jax.data.augment import AugmentConfig
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.federated.axes import NO_MESH, Axes
+from mocosfl_jax.federated.axes import NO_MESH
 from mocosfl_jax.federated.dispatch import Program
+from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.learning.schedule import rate_schedule
 
 
-def program_of(config: Resolved, axes: Axes = NO_MESH, devices: int = 1) -> Program:
-    """What a dispatch computes on a mesh of so many `devices` with these `axes`."""
+def program_of(config: Resolved, placement: Placement | None = None) -> Program:
+    """What a dispatch computes on a mesh; None: on one device, without a mesh."""
+    axes, devices = (placement.axes, placement.devices) if placement else (NO_MESH, 1)
     augment = dataclasses.replace(
         AugmentConfig.for_version(config.augmentation, config.image_size),
         min_scale=config.crop_min_scale,

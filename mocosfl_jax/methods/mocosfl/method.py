@@ -297,15 +297,9 @@ class MocoSFL:
 
         def backward(variables: Variables, latents_R: jax.Array, keys_RD: jax.Array, queue: Any):
             def loss(params: Params) -> jax.Array:
+                queries, keys, mask = (latents_R,) * views, (keys_RD,) * views, jnp.ones(rows, bool)
                 return server_side.contrast(
-                    self.model,
-                    params,
-                    variables.stats,
-                    (latents_R,) * views,
-                    (keys_RD,) * views,
-                    queue,
-                    jnp.ones(rows, bool),
-                    self.server.temperature,
+                    self.server, params, variables.stats, queries, keys, queue, mask
                 ).loss
 
             return jax.vjp(loss, variables.server)[1]

@@ -134,16 +134,7 @@ def learn(
 
     def mean_loss(params: Params, query_R: jax.Array) -> tuple[jax.Array, Contrast]:
         query_views = (query_R, key_R) if side.loss.swapped else (query_R,)
-        result = contrast(
-            side.net,
-            params,
-            state.stats,
-            query_views,
-            keys.unit,
-            queue_GKD,
-            mask_R,
-            side.temperature,
-        )
+        result = contrast(side, params, state.stats, query_views, keys.unit, queue_GKD, mask_R)
         return result.loss / count, result
 
     gradient = jax.grad(mean_loss, argnums=(0, 1), has_aux=True)
@@ -174,14 +165,13 @@ def embed_views(
 
 
 def contrast(
-    net: ServerNet,
+    side: ServerSide,
     params: Params,
     stats: Params,
     query_views: tuple[jax.Array, ...],
     keys: tuple[jax.Array, ...],
     queue_GKD: jax.Array,
     mask_R: jax.Array,
-    temperature: float,
 ) -> Contrast:
     """InfoNCE of each view's queries against its keys and the queue.
 
@@ -192,15 +182,14 @@ def contrast(
         G = 1 is the shared queue, G = C are private ones.
       mask_R: bool, rows that count.
     """
-    embedded = embed_views(net, params, stats, query_views, mask_R)
+    embedded = embed_views(side.net, params, stats, query_views, mask_R)
     groups = queue_GKD.shape[0]
     grouped = jax.vmap(infonce, in_axes=(0, 0, 0, None))
     total = jnp.zeros(())
     correct = jnp.zeros(())
     for query_RD, key_RD in zip(embedded.unit, keys, strict=True):
-        rows = grouped(
-            split_groups(query_RD, groups), split_groups(key_RD, groups), queue_GKD, temperature
-        )
+        query_GMD, key_GMD = split_groups(query_RD, groups), split_groups(key_RD, groups)
+        rows = grouped(query_GMD, key_GMD, queue_GKD, side.temperature)
         total += jnp.sum(jnp.where(mask_R, rows.loss.reshape(-1), 0.0))
         correct = jnp.sum(jnp.where(mask_R, rows.correct.reshape(-1), False).astype(jnp.float32))
     return Contrast(total, correct, embedded.stats)
