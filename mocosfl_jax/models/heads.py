@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mocosfl_jax.models.norms import MaskedBatchNorm
+
 
 class HeadShape(NamedTuple):
     """The rule behind a head's name.
@@ -35,49 +37,6 @@ HEADS = {
     "V2": HeadShape(width=1024, hidden=1, expands=True, batch_norm=False),
     "largeV2": HeadShape(width=2048, hidden=2, expands=False, batch_norm=True),
 }
-
-
-class MaskedBatchNorm(nn.Module):
-    """BatchNorm (Ioffe & Szegedy 2015) whose statistics are those of the rows that count.
-
-    Epsilon is 1e-5. Running statistics move by 0.1 towards the mean and the unbiased variance of
-    the batch, as in PyTorch.
-
-    Attributes: row_axes: mesh axes over which the rows of a batch are spread, none without a mesh;
-    devices may hold different numbers of rows that count.
-    """
-
-    row_axes: tuple[str, ...]
-
-    @nn.compact
-    def __call__(self, x_RF: jax.Array, mask_R: jax.Array, train: bool) -> jax.Array:
-        """Normalised rows (R, F), float32 like the input."""
-        shape = x_RF.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        mean_F, var_F = running_mean.value, running_var.value
-        if train:
-            count, mean_F, var_F = self._moments(x_RF, mask_R)
-            unbiased_F = var_F * (count / jnp.maximum(count - 1, 1))
-            running_mean.value = 0.9 * running_mean.value + 0.1 * mean_F
-            running_var.value = 0.9 * running_var.value + 0.1 * unbiased_F
-        factor_F = scale * jax.lax.rsqrt(var_F + 1e-5)
-        return (x_RF - mean_F[None]) * factor_F[None] + bias[None]
-
-    def _moments(
-        self, x_RF: jax.Array, mask_R: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Number () of rows that count on all devices, their mean (F,) and biased variance (F,)."""
-
-        def total(x_RF: jax.Array) -> jax.Array:
-            summed = jnp.sum(x_RF, axis=0, where=mask_R[:, None])
-            return jax.lax.psum(summed, self.row_axes) if self.row_axes else summed
-
-        count = total(jnp.ones_like(x_RF[:, :1]))[0]
-        mean_F = total(x_RF) / count
-        return count, mean_F, total(jnp.square(x_RF - mean_F[None])) / count
 
 
 class Head(nn.Module):
