@@ -138,7 +138,7 @@ def test_devices_exchange_gradients_keys_and_client_models_only(npz, loss, align
     partition = partition_of(config, len(dataset.train.images), dataset.train.labels)
     sampler = CohortSampler(partition, config.cohort_size, config.seed)
     first = next(dispatches(config, partition, sampler, rounds.slots, 0))
-    _, _, inputs = place_inputs(placement, dataset.train, program.method.labels, first)
+    _, _, inputs = place_inputs(placement, dataset, program.method.labels, first)
     arguments = (rounds.initial_state(), inputs, run_constants(config, placement))
     compiled = placement.dispatch(program, arguments[0]).lower(*arguments).compile()
 
@@ -178,11 +178,11 @@ def test_collectives_are_read_from_a_program():
 
 
 def processes(
-    folder: Path, npz: Path, number: int, first: tuple[str, ...] = MAIN, **fields
+    folder: Path, npz: Path, number: int, broken: int = 0, fault: str = "", **fields
 ) -> list[subprocess.Popen]:
     """The command of one run as so many processes over loopback, two devices each.
 
-    first: module, and its arguments, that process 0 runs.
+    fault: of the process `broken`, see tests/broken_run.py.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -192,9 +192,12 @@ def processes(
     command += [f"--workdir={folder}", *tiny.flags(npz, **{**FIELDS, **fields})]
     command.remove("--config.devices=1")
     command += [f"--coordinator=localhost:{port}", f"--num_processes={number}"]
+    modules = [MAIN] * number
+    if fault:
+        modules[broken] = ("tests.broken_run", fault, "--")
     return [
         subprocess.Popen(
-            [sys.executable, "-m", *(MAIN if i else first), *command, f"--process_id={i}"],
+            [sys.executable, "-m", *modules[i], *command, f"--process_id={i}"],
             cwd=ROOT,
             env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
@@ -240,12 +243,18 @@ def test_a_refusal_of_one_process_reaches_the_other(npz, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_a_full_disk_of_one_process_ends_the_other(npz, tmp_path):
+@pytest.mark.parametrize(
+    ("broken", "place", "words"),
+    [
+        (0, "run.metrics:MetricsFile.flush:2:100", "metrics.jsonl cannot be written"),
+        (0, "run.checkpoint:digest:2:400", "checkpoints cannot be written"),
+        (1, "run.checkpoint:digest:2:400", "checkpoints cannot be written"),
+    ],
+)
+def test_a_full_disk_of_one_process_ends_the_other(broken, place, words, npz, tmp_path):
     """It would wait for the first one, for ever."""
-    fault = "file_size=mocosfl_jax.run.metrics:MetricsFile.flush:2:100"
-    both = processes(tmp_path, npz, 2, ("tests.broken_run", fault, "--"), rounds=40)
+    both = processes(tmp_path, npz, 2, broken, f"file_size=mocosfl_jax.{place}", rounds=40)
     outputs = [p.communicate(timeout=100) for p in both]
     assert [p.returncode for p in both] == [1, 1], outputs
-    assert "metrics.jsonl cannot be written: File too large; step 6 is saved" in outputs[0][1]
-    assert "process 0 failed: " in outputs[1][1]
-    assert all(len(err.splitlines()) == 1 for _, err in outputs)
+    assert f"{words}: File too large; step 6 is saved" in outputs[broken][1]
+    assert f"process {broken} failed: " in outputs[1 - broken][1]

@@ -126,6 +126,23 @@ def test_a_refusal_ends_all_processes_with_one_line_each(refusing):
     assert outputs[other] == (2, "", f"mocosfl_jax: process {refusing} refused: {reason}\n")
 
 
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_before_the_first_step_ends_all_processes(signalled):
+    """While the main thread of the other one is busy."""
+    script = JOINED + (
+        "with processes.shared_refusals():\n"
+        f"    if process == {signalled}:\n"
+        "        import signal\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "    time.sleep(90)\n"
+    )
+    outputs = finish(start(script, 2))
+    other = 1 - signalled
+    reason = "SIGTERM before the first step"
+    assert outputs[signalled] == (143, "", f"mocosfl_jax: {reason}\n")
+    assert outputs[other] == (143, "", f"mocosfl_jax: process {signalled} refused: {reason}\n")
+
+
 def test_processes_with_different_configs_refuse():
     script = JOINED + (
         "with processes.shared_refusals() as startup:\n"

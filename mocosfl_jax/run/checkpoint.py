@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -165,6 +166,7 @@ def find_newest(
     abstract_state: Any,
     identity: Identity,
     agree: Callable[[dict[str, Any]], None] | None = None,
+    only: int | None = None,
 ) -> Found:
     """Restores the newest good checkpoint; changes nothing on disk.
 
@@ -173,10 +175,11 @@ def find_newest(
       abstract_state: `jax.ShapeDtypeStruct` leaves, with shardings.
       identity: of the run that goes on.
       agree: makes sure that all processes of the run have the same values (`Startup.agree`).
+      only: the one step that counts; None: all do.
     Raises: InputError: by `agree`, if processes do not see the same files.
     """
     bad: dict[int, str] = {}
-    steps = saved_steps(folder)
+    steps = [step for step in saved_steps(folder) if only in (None, step)]
     if agree is not None:
         agree({f"steps in {folder.name}": steps})
     for step in steps:
@@ -289,6 +292,21 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+def _barrier() -> Callable[..., None]:
+    """Orbax's barrier of all processes, for those whose save has not failed.
+
+    Orbax would have a process wait for the others with the error in its hands, and these for it.
+    """
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        if error := sys.exc_info()[1]:
+            raise error
+        wait(key=key, timeout_ms=timeout_ms)
+
+    return barrier
+
+
 class Checkpoints:
     """Asynchronous checkpoints under one folder, the latest `keep` of them.
 
@@ -305,7 +323,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._written),
+            async_options=ocp.AsyncOptions(
+                barrier_sync_fn=_barrier(), post_finalization_callback=self._written
+            ),
         )
         with self._storage():
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)

@@ -180,6 +180,15 @@ def end_process(status: int) -> NoReturn:
     os._exit(status)
 
 
+def leave(notices: Notices, status: int) -> NoReturn:
+    """Ends this process, one of several that all leave."""
+    notices.post("leaving", "")
+    if notices.process == 0:  # without its service JAX aborts the others
+        notices.wait("leaving", FAREWELL_SECONDS)
+        time.sleep(2 * POLL_SECONDS)  # they have said so, and need a moment to do so
+    end_process(status)
+
+
 # ------------------------------------------------------------------------------------ start-up
 
 
@@ -252,11 +261,7 @@ class JointStartup(Startup):
     def _leave(self, reason: str, status: int) -> NoReturn:
         """The usual way out would wait for the other processes, whose main threads are busy."""
         say(reason)
-        self._notices.post("leaving", "")
-        if self._notices.process == 0:  # without its service JAX aborts the others
-            self._notices.wait("leaving", FAREWELL_SECONDS)
-            time.sleep(2 * POLL_SECONDS)  # they have said so, and need a moment to do so
-        end_process(status)
+        leave(self._notices, status)
 
 
 def _compare(wanted: dict[str, Any], values: dict[str, Any], process: int) -> None:
@@ -278,10 +283,14 @@ def shared_refusals() -> Iterator[Startup]:
     """The start-up of a run, from joining to `Startup.ready`.
 
     Until then an InputError or a StorageError that leaves the block on one process ends all of
-    them: each prints one line on stderr and exits with status 2 or 1. Those of a run of one process
-    are left to the caller.
+    them: each prints one line on stderr and exits with status 2 or 1; so does a signal, with 143 or
+    130. What comes to a run of one process is left to the caller.
     """
-    startup = JointStartup(Notices()) if several() else Startup()
+    if not several():
+        yield Startup()
+        return
+    startup = JointStartup(Notices())
+    _refuse_when_stopped(startup)
     try:
         yield startup
     except InputError as error:
@@ -292,6 +301,18 @@ def shared_refusals() -> Iterator[Startup]:
         raise
     finally:
         startup.close()
+
+
+def _refuse_when_stopped(startup: Startup) -> None:
+    """SIGTERM and SIGINT end all processes until the loop takes them over (`stop_requests`)."""
+
+    def refuse(number: int, _: object) -> None:
+        status = 128 + number
+        startup.refuse(f"{signal.Signals(number).name} before the first step", status)
+        end_process(status)  # the run is over
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, refuse)
 
 
 # ------------------------------------------------------------------------------------ programs

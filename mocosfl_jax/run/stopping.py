@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 
 from mocosfl_jax.run.processes import (
-    FAREWELL_SECONDS,
     POLL_SECONDS,
     Notices,
     end_process,
+    leave,
     say,
     several,
 )
@@ -88,8 +88,7 @@ class JointStopRequest(StopRequest):
     def fail(self, reason: str) -> None:
         say(reason)
         self._notices.post("failure", reason)
-        self._notices.wait("failure", FAREWELL_SECONDS)
-        end_process(1)
+        leave(self._notices, 1)
 
     def close(self) -> None:
         """Leaves the number of calls for processes that are asked to stop later."""
@@ -110,8 +109,7 @@ class JointStopRequest(StopRequest):
         if failures and self._notices.process not in failures:
             process, reason = min(failures.items())
             say(f"process {process} failed: {reason}")
-            self._notices.post("failure", "")
-            end_process(1)
+            leave(self._notices, 1)
 
     def _asked(self) -> bool:
         """Whether any process was, about which all are told."""
