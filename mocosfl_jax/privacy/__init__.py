@@ -1,0 +1,1 @@
+"""Defences on what a client sends, and their ledger: pure functions of arrays."""
