@@ -171,7 +171,7 @@ def test_labels_are_read_once_for_all_runs(monkeypatch):
             train_labels=lambda: read.append(options["seed"]) or prepared.train_labels()
         )
 
-    monkeypatch.setattr("mocosfl_jax.sweep.definition.prepare_dataset", prepare)
+    monkeypatch.setattr("mocosfl_jax.config.data.prepare_dataset", prepare)
     grid = {"num_clients": (10, 20), "dirichlet_alpha": (0.3, 1.0)}
     check(expand(sweep_of(grid=grid, seeds=(4, 7))))
     assert read == [4, 7]
@@ -195,7 +195,7 @@ def test_words_in_a_list_on_the_command_line(npz, capsys):
 
 def test_the_client_count_sweep(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("mocosfl_jax.sweep.definition.prepare_dataset", cifar10)
+    monkeypatch.setattr("mocosfl_jax.config.data.prepare_dataset", cifar10)
     assert main(["sweep", "--config", SWEEP, "--dry_run"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         *(f"num_clients={clients},seed=0" for clients in (10, 50, 100, 500, 1000)),

@@ -1,9 +1,11 @@
-"""Every number that a run reports: its name in summary.json, its label and its unit.
+"""Every number that a run or an attack on it reports: its name, its label and its unit.
 
 A new evaluation adds its numbers to `NUMBERS`. The checks of a stored summary, the table at the end
-of a run and the report of a sweep follow from that.
+of a run and the report of a sweep follow from that. A sweep calls a number of the summary by its
+name alone, and a number of an attack by its place in the run's folder: `attack/NAME/mse_ratio`.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 TOP1 = "top-1 %"
@@ -12,14 +14,15 @@ TOP1 = "top-1 %"
 
 @dataclass(frozen=True)
 class Number:
-    """One number of summary.json."""
+    """One number of summary.json, or of an attack's attack.json."""
 
-    name: str  # key in summary.json
+    name: str  # key in that file; a dot leads into an object
     label: str  # in tables and plots
     unit: str = ""  # empty for a plain count
     required: bool = False  # True: every summary has it. False: it may be missing or null.
     in_table: bool = False  # whether the table at the end of a run shows it
     in_csv: bool = False  # whether report.csv of a sweep has it even if the sweep does not name it
+    digits: int = 2  # decimals in the report of a sweep
 
     @property
     def title(self) -> str:
@@ -35,6 +38,10 @@ _IN_ORDER = (
     Number("linear_top1", "linear probe", TOP1, in_table=True, in_csv=True),
     Number("linear_top1_best_test_epoch", "linear probe, best test epoch", TOP1, in_csv=True),
     Number("knn_top1", "kNN", TOP1, in_table=True, in_csv=True),
+    Number(
+        "linear_top1_released", "linear probe with noise or random pruning", TOP1, in_table=True
+    ),
+    Number("knn_top1_released", "kNN with noise or random pruning", TOP1, in_table=True),
     Number("knn_top1_at_init", "kNN of the untrained encoder", TOP1, in_table=True, in_csv=True),
     Number(
         "knn_top1_raw_pixels",
@@ -49,8 +56,11 @@ _IN_ORDER = (
     Number("compile_seconds", "compile time", "s", in_csv=True),
     Number("wall_seconds", "wall time", "s", required=True, in_csv=True),
     Number("peak_memory_bytes", "peak memory", "bytes", in_csv=True),
-    Number("bytes_up_per_client_round", "sent by a client in a round", "bytes"),
-    Number("bytes_down_per_client_round", "received by a client in a round", "bytes"),
+    Number("bytes_up_per_client_round", "sent by a client in a round", "bytes", digits=0),
+    Number("bytes_down_per_client_round", "received by a client in a round", "bytes", digits=0),
+    Number("bytes_down_per_client_once", "received by a client once", "bytes", digits=0),
+    Number("epsilon", "epsilon", in_csv=True),
+    Number("releases_of_an_image", "latents sent of an image, at most"),
     Number("client_params", "client parameters"),
     Number("server_params", "server parameters"),
     Number("test_images", "test images", required=True),
@@ -59,4 +69,33 @@ _IN_ORDER = (
 )
 
 NUMBERS = {number.name: number for number in _IN_ORDER}
-"""All of them by name, the most important first."""
+"""Those of summary.json by name, the most important first."""
+
+_OF_AN_ATTACK = (
+    Number("mse_ratio", "MSE over the trivial attacker's", in_csv=True, digits=3),
+    Number("mse.mean", "MSE", in_csv=True, digits=4),
+    Number("mse.std", "std of MSE over images", digits=4),
+    Number("ssim.mean", "SSIM", in_csv=True, digits=3),
+    Number("ssim.std", "std of SSIM over images", digits=3),
+    Number("psnr.mean", "PSNR", "dB", in_csv=True),
+    Number("psnr.std", "std of PSNR over images", "dB"),
+)
+
+ATTACK_NUMBERS = {number.name: number for number in _OF_AN_ATTACK}
+"""Those of attack.json by name, the most important first."""
+
+
+def number_of(name: str) -> Number:
+    """The number that a sweep calls so: `knn_top1`, or `attack/NAME/ssim.mean` with the attack's
+    name in its label.
+
+    Raises: KeyError: there is no such number.
+    """
+    match name.split("/"):
+        case [plain]:
+            return NUMBERS[plain]
+        case ["attack", attack, key] if attack:
+            number = ATTACK_NUMBERS[key]
+            label = f"{number.label} ({attack})"
+            return dataclasses.replace(number, name=name, label=label)
+    raise KeyError(name)

@@ -8,11 +8,13 @@ Options:
   --dry_run             checks and lists the runs, and stops
   --report              writes the report of what is finished, and stops; needs no --config
 
-Exit status: 0 all runs are finished; 1 some failed; 2 bad input, one line on stderr; 143 or 130
-stopped by a signal. The same command continues a sweep that was stopped, and repeats failed runs.
+Exit status: 0 all runs and their commands are finished; 1 some failed, or a file could not be
+written; 2 bad input, one line on stderr; 143 or 130 stopped by a signal. The same command continues
+a sweep that was stopped, and repeats what failed.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -22,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.commandline import config_file, parse
 from mocosfl_jax.run.console import unbreakable_output
+from mocosfl_jax.run.storage import StorageError
 from mocosfl_jax.sweep.definition import Run, check, counted, expand
 from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
 from mocosfl_jax.sweep.folder import SweepFolder
@@ -30,7 +33,7 @@ from mocosfl_jax.sweep.runner import Board, Tally, carry_out, stop_requests
 
 FAILED, BAD_INPUT = 1, 2
 PROGRAM = (sys.executable, "-m", "mocosfl_jax.main")
-"""Command that carries out one run; its options are added."""
+"""Command that trains one run; its options are added."""
 
 
 def main(argv: list[str], program: Sequence[str] = PROGRAM) -> int:
@@ -45,7 +48,9 @@ def main(argv: list[str], program: Sequence[str] = PROGRAM) -> int:
         runs = expand(values.config)
         if values.dry_run:
             check(runs)
-            print(*runs, counted(len(runs)), sep="\n")
+            for run in runs.values():
+                print(run.name, *(f"  then {command}" for command in run.commands), sep="\n")
+            print(counted(len(runs)))
             return 0
         folder = SweepFolder(values.workdir)
         configs = check(runs, [name for name in runs if folder.is_finished(name)])
@@ -57,6 +62,9 @@ def main(argv: list[str], program: Sequence[str] = PROGRAM) -> int:
     except InputError as error:
         print(f"mocosfl_jax.sweep: {error}", file=sys.stderr)
         return BAD_INPUT
+    except StorageError as error:
+        print(f"mocosfl_jax.sweep: {error}", file=sys.stderr)
+        return FAILED
 
 
 def _sweep(
@@ -66,26 +74,36 @@ def _sweep(
     engine: Engine,
     program: Sequence[str],
 ) -> int:
-    tasks = [
-        _task(run, folder, program) for name, run in runs.items() if not folder.is_finished(name)
-    ]
+    tasks = [task for run in runs.values() if (task := _task(run, folder, program))]
     tally = Tally(total=len(runs), slots=engine.slots, done=len(runs) - len(tasks))
     if tally.done:
         print(f"{tally.done} of {tally.total} runs are finished already")
+
+    def ended_well(task: Task) -> None:
+        if task.title:  # that a training did, its summary says
+            folder.record_command(task.name, task.title)
+
     with stop_requests() as stop:
-        carry_out(tasks, engine, tally, Board(tally), stop)
+        carry_out(tasks, engine, tally, Board(tally), stop, ended_well)
         for name, reason in tally.failed.items():
             print(f"mocosfl_jax.sweep: {name} failed, {reason}", file=sys.stderr)
-        print(write_report(folder, sweep.columns, sweep.metrics), end="")
+        print(write_report(folder, sweep.columns, sweep.metrics, sweep.scatter), end="")
     if stop.number is not None:
         print("mocosfl_jax.sweep: stopped; the same command goes on", file=sys.stderr)
         return 128 + stop.number
     return FAILED if tally.failed else 0
 
 
-def _task(run: Run, folder: SweepFolder, program: Sequence[str]) -> Task:
-    command = (*program, *run.arguments, "--workdir", str(folder.run_path(run.name)))
-    return Task(run.name, command, folder.log_path(run.name))
+def _task(run: Run, folder: SweepFolder, program: Sequence[str]) -> Task | None:
+    """What is left of a run: its training, then its commands; None: it is finished."""
+    log, place = folder.log_path(run.name), ("--workdir", str(folder.run_path(run.name)))
+    task = None
+    for command in reversed(folder.commands_left(run.name, run.commands)):
+        line = (sys.executable, "-m", *shlex.split(command), *place)
+        task = Task(run.name, line, log, title=command, then=task)
+    if folder.is_finished(run.name):
+        return task
+    return Task(run.name, (*program, *run.arguments, *place), log, then=task)
 
 
 def _engine(values: flags.FlagValues, folder: SweepFolder, lock: int) -> Engine:
@@ -97,7 +115,8 @@ def _engine(values: flags.FlagValues, folder: SweepFolder, lock: int) -> Engine:
 
 def _report(folder: SweepFolder, sweep: ConfigDict | None) -> int:
     shown = folder.definition() if sweep is None else sweep
-    print(write_report(folder, shown["columns"], shown["metrics"]), end="")
+    scatter = shown.get("scatter") or ()  # older definitions have none
+    print(write_report(folder, shown["columns"], shown["metrics"], scatter), end="")
     return 0
 
 

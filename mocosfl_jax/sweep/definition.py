@@ -5,7 +5,9 @@ turns it into runs, and `check` checks each of them as `mocosfl_jax.main` would.
 """
 
 import functools
+import importlib.util
 import itertools
+import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +19,18 @@ from ml_collections.config_dict import placeholder
 from mocosfl_jax.config import Config, check_types, default_config
 from mocosfl_jax.config.checks import check_fields
 from mocosfl_jax.config.data import data_options, deal
+from mocosfl_jax.config.data import prepare as prepare_data
 from mocosfl_jax.config.stored import flat_fields
 from mocosfl_jax.data.dataset import Prepared
-from mocosfl_jax.data.sources import prepare_dataset
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.evaluation.numbers import NUMBERS
+from mocosfl_jax.evaluation.numbers import ATTACK_NUMBERS, NUMBERS, number_of
 from mocosfl_jax.run.commandline import define_flags, parse
 
 Fields = dict[str, Any]
 """Values of config fields by name; a field of a section is named `section.field`."""
+
+METRICS = "metrics"
+"""In place of a field, in `sweep.columns`: each number is a column."""
 
 
 def default_sweep(method: str = "mocosfl") -> ConfigDict:
@@ -59,10 +64,21 @@ def default_sweep(method: str = "mocosfl") -> ConfigDict:
     # them if its fields have the listed values. `variant` may be listed like a field:
     # `({"variant": ("MocoSFL-1",), "seeds": (1, 2)},)`.
     sweep.more_seeds = ()
-    # Field whose values are the columns of the report and the x axis of its plot.
+    # Commands that follow each run, in their order: modules and their options, such as
+    # `("mocosfl_jax.attack --name=N4C64",)`. Each is run as `python -m COMMAND --workdir RUN`.
+    sweep.commands = ()
+    # Further commands for some cells, chosen as for `more_seeds`:
+    # `({"variant": ("MocoSFL-1",), "commands": ("mocosfl_jax.attack --name=N8C64",)},)`.
+    sweep.more_commands = ()
+    # Field whose values are the columns of the report and the x axis of its plot; or `metrics`: a
+    # column a number, a row a cell of the grid.
     sweep.columns = "num_clients"
-    # Numbers in the report's table and plot, by their name in summary.json.
+    # Numbers in the report's table and plot, by their name in summary.json; those of an attack by
+    # `attack/NAME/` and their name in attack.json: `attack/N4C64/mse_ratio`.
     sweep.metrics = ("linear_top1", "knn_top1")
+    # Two numbers, x and y of a further plot with a point for each row and column of the table:
+    # `("attack/N4C64/mse_ratio", "linear_top1")`. Empty: no such plot.
+    sweep.scatter = ()
     # What the engine `slurm` asks for, for each job: minutes before it is requeued, GPUs, CPUs,
     # memory in GB. Unset: the cluster's defaults.
     sweep.slurm = {
@@ -89,6 +105,7 @@ class Run:
     cell: Fields  # its values of the grid's fields
     seed: int
     overrides: Fields  # all fields that it sets, the seed among them
+    commands: tuple[str, ...] = ()  # that follow its training
 
     @property
     def name(self) -> str:
@@ -124,13 +141,18 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
     variants = _variants(sweep, known)
     _check_places(fixed, grid, variants)
     _check_unset(sweep.unset, known, [("fixed", fixed), ("grid", grid), *variants.items()])
-    _check_more_seeds(sweep.more_seeds, grid)
+    for name in ("seeds", "commands"):
+        _check_more(sweep, name, grid)
     ranked = []
     for variant, fields in variants.items():
         for cell in _cells(grid):
-            for rank, seed in enumerate(_seeds(sweep, {"variant": variant, **cell})):
+            seeds, commands = (
+                _listed(sweep, name, {"variant": variant, **cell}) for name in ("seeds", "commands")
+            )
+            _check_commands(commands)
+            for rank, seed in enumerate(seeds):
                 overrides = {**dict.fromkeys(sweep.unset), **fixed, **fields, **cell, "seed": seed}
-                ranked.append((rank, Run(sweep.base, variant, cell, seed, overrides)))
+                ranked.append((rank, Run(sweep.base, variant, cell, seed, overrides, commands)))
     if not ranked:
         raise InputError("config.seeds", sweep.seeds, "at least one seed is needed")
     return {run.name: run for _, run in sorted(ranked, key=lambda pair: pair[0])}
@@ -148,9 +170,9 @@ def check(runs: dict[str, Run], finished: Collection[str] = ()) -> dict[str, Con
     def prepare(config: Config) -> Prepared:
         """The data set of a run, read once for all runs that share it."""
         options = data_options(config)
-        key = (config.dataset, *options.values())
+        key = (config.dataset, *options.values(), config.mix_dataset, config.mix_fraction)
         if key not in prepared:
-            data = prepare_dataset(config.dataset, **options)
+            data = prepare_data(config)
             prepared[key] = data._replace(train_labels=functools.cache(data.train_labels))
         return prepared[key]
 
@@ -222,13 +244,13 @@ def _cells(grid: Fields) -> Iterator[Fields]:
         yield dict(zip(grid, values, strict=True))
 
 
-def _seeds(sweep: ConfigDict, cell: Fields) -> tuple[int, ...]:
-    """The seeds of a cell, whose variant is among its fields."""
-    seeds = list(sweep.seeds)
-    for extra in sweep.more_seeds:
-        if all(cell[name] in values for name, values in extra.items() if name != "seeds"):
-            seeds += extra["seeds"]
-    return tuple(dict.fromkeys(seeds))
+def _listed(sweep: ConfigDict, name: str, cell: Fields) -> tuple[Any, ...]:
+    """The `seeds` or `commands` of a cell, whose variant is among its fields."""
+    found = list(sweep[name])
+    for extra in sweep[f"more_{name}"]:
+        if all(cell[field] in values for field, values in extra.items() if field != name):
+            found += extra[name]
+    return tuple(dict.fromkeys(found))
 
 
 def _text(value: Any) -> str:
@@ -238,11 +260,22 @@ def _text(value: Any) -> str:
 # --------------------------------------------------------------------------------------- checks
 
 
-def check_metrics(metrics: Iterable[str]) -> None:
-    """Raises: InputError: a name that is no number of a run."""
+def check_metrics(metrics: Iterable[str], where: str = "config.metrics") -> None:
+    """Raises: InputError: a name that is no number of a run, or of an attack on it."""
     for name in metrics:
-        if name not in NUMBERS:
-            raise InputError("config.metrics", name, f"one of {', '.join(NUMBERS)} is needed")
+        try:
+            number_of(name)
+        except KeyError:
+            prefix, known = ("attack/NAME/", ATTACK_NUMBERS) if "/" in name else ("", NUMBERS)
+            one = ", ".join(known)
+            raise InputError(where, name, f"{prefix}one of {one} is needed") from None
+
+
+def check_scatter(scatter: Sequence[str]) -> None:
+    """Raises: InputError: neither nothing nor two numbers."""
+    if len(scatter) not in (0, 2):
+        raise InputError("config.scatter", scatter, "two numbers, x and y, are needed, or none")
+    check_metrics(scatter, "config.scatter")
 
 
 def _check_values(sweep: ConfigDict) -> None:
@@ -252,14 +285,16 @@ def _check_values(sweep: ConfigDict) -> None:
         raise InputError("config.methods", sweep.methods, allowed)
     if sweep.base is None:
         raise InputError("config.base", None, "the config file of the runs is needed")
-    for name in ("fixed", "unset", "grid", "variants", "seeds", "more_seeds", "metrics", "slurm"):
-        if sweep[name] is None:
+    for name in sweep:
+        if sweep[name] is None and name not in ("base", "methods", "columns"):
             raise InputError(f"config.{name}", None, "a value is needed")
-    if sweep.columns not in {"seed", *flat_fields(sweep.fixed.to_dict())}:
-        raise InputError("config.columns", sweep.columns, "a field of the runs is needed")
+    if sweep.columns not in {"seed", METRICS, *flat_fields(sweep.fixed.to_dict())}:
+        allowed = f"a field of the runs, or {METRICS}, is needed"
+        raise InputError("config.columns", sweep.columns, allowed)
     if len(set(sweep.seeds)) < len(sweep.seeds):
         raise InputError("config.seeds", sweep.seeds, "each seed once")
     check_metrics(sweep.metrics)
+    check_scatter(sweep.scatter)
 
 
 def _check_places(fixed: Fields, grid: Fields, variants: dict[str, Fields]) -> None:
@@ -291,12 +326,28 @@ def _check_unset(
                 raise InputError("config.unset", name, f"set in {place} too")
 
 
-def _check_more_seeds(more_seeds: tuple[Any, ...], grid: Fields) -> None:
-    for extra in more_seeds:
+def _check_more(sweep: ConfigDict, name: str, grid: Fields) -> None:
+    """`more_seeds` or `more_commands`. Args: name: `seeds` or `commands`."""
+    for extra in sweep[f"more_{name}"]:
         lists = isinstance(extra, dict) and all(isinstance(v, tuple | list) for v in extra.values())
-        if not lists or "seeds" not in extra or extra.keys() - grid.keys() - {"seeds", "variant"}:
-            allowed = (
-                "fields of config.grid, or variant, and seeds:"
-                ' {"num_clients": (10, 50), "seeds": (1,)}'
-            )
-            raise InputError("config.more_seeds", extra, allowed)
+        if not lists or name not in extra or extra.keys() - grid.keys() - {name, "variant"}:
+            example = {"num_clients": (10, 50), name: (1,) if name == "seeds" else ("...",)}
+            allowed = f"fields of config.grid, or variant, and {name}: {example}"
+            raise InputError(f"config.more_{name}", extra, allowed)
+
+
+def _check_commands(commands: Iterable[Any]) -> None:
+    for command in commands:
+        if not _can_follow(command):
+            allowed = "a module that exists and its options, without --workdir, are needed"
+            raise InputError("config.commands", command, allowed)
+
+
+def _can_follow(command: Any) -> bool:
+    """Whether it names a module, and leaves the folder of the run open."""
+    try:
+        module, *options = shlex.split(command)
+        found = importlib.util.find_spec(module) is not None
+    except (AttributeError, ImportError, TypeError, ValueError):  # whatever is no such text
+        return False
+    return found and not any(option.split("=")[0] == "--workdir" for option in options)

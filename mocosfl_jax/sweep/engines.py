@@ -19,11 +19,16 @@ from mocosfl_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Task:
-    """A run as an engine sees it."""
+    """A command of a run as an engine sees it: its training, or one that follows it."""
 
-    name: str
+    name: str  # of the run
     command: tuple[str, ...]
     log: Path  # what the command prints is appended to it
+    title: str = ""  # what the sweep calls a command after training
+    then: "Task | None" = None  # what is started when this has ended well
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.title}" if self.title else self.name
 
 
 class Job(Protocol):

@@ -1,4 +1,7 @@
-"""The files of a sweep: DIR/sweep.json, DIR/runs/NAME, DIR/report.*."""
+"""The files of a sweep: DIR/sweep.json, DIR/runs/NAME, DIR/report.*.
+
+RUN/commands.json lists the commands that have ended well after the training of the run.
+"""
 
 import dataclasses
 import os
@@ -38,8 +41,15 @@ class Record:
     variant: str  # "" if the sweep has no variants
     cell: Fields  # its values of the grid's fields
     config: Fields  # all of its fields, None where unset
-    summary: dict[str, Any] | None  # its summary.json; None: unfinished
+    finished: bool  # whether its training and all of its commands have ended well
+    summary: dict[str, Any] | None  # its summary.json; None: it is not trained yet
+    attacks: dict[str, Any]  # what attacks on the trained run say, by `attack/NAME/` and the field
     last_words: str  # last line of its log
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """What is reported of the trained run, by its name in `number_of`."""
+        return {**(self.summary or {}), **self.attacks}
 
 
 class SweepFolder:
@@ -60,8 +70,18 @@ class SweepFolder:
     def log_path(self, name: str) -> Path:
         return self.run_path(name) / "log.txt"
 
-    def is_finished(self, name: str) -> bool:
-        return self._summary_path(name).exists()
+    def is_finished(self, name: str, commands: Collection[str] = ()) -> bool:
+        """Whether the run is trained, and these of its commands have ended well."""
+        return self._summary_path(name).exists() and not self.commands_left(name, commands)
+
+    def commands_left(self, name: str, commands: Collection[str]) -> list[str]:
+        """Those that have not ended well yet, in their order."""
+        ended = self._ended(name)
+        return [command for command in commands if command not in ended]
+
+    def record_command(self, name: str, command: str) -> None:
+        """Notes that a command has ended well. Raises: StorageError."""
+        write_json(self._commands_path(name), {"ended_well": [*self._ended(name), command]})
 
     def claim(
         self, sweep: ConfigDict, runs: Mapping[str, Run], configs: Mapping[str, Config]
@@ -80,13 +100,14 @@ class SweepFolder:
         definition = {
             "columns": sweep.columns,
             "metrics": sweep.metrics,
+            "scatter": sweep.scatter,
             "runs": {name: _described(run, configs[name]) for name, run in runs.items()},
         }
         write_json(self.definition_path, definition)
         return left_out
 
     def definition(self) -> dict[str, Any]:
-        """Columns, metrics and runs of the sweep in the folder.
+        """The runs of the sweep in the folder, and what of it is reported.
 
         Raises: InputError: there is none.
         """
@@ -99,23 +120,47 @@ class SweepFolder:
 
         Raises: InputError: there is none.
         """
-        return [
-            Record(
-                name=name,
-                variant=run["variant"] if "variant" in run else run["method"],  # its former name
-                cell=run["cell"],
-                config=flat_fields(run["config"]),
-                summary=self._summary(name),
-                last_words=last_line(self.log_path(name)),
-            )
-            for name, run in self.definition()["runs"].items()
-        ]
+        return [self._record(name, run) for name, run in self.definition()["runs"].items()]
+
+    def _record(self, name: str, run: dict[str, Any]) -> Record:
+        """Args: run: what the definition says of it."""
+        summary = self._summary(name)
+        return Record(
+            name=name,
+            variant=run["variant"] if "variant" in run else run["method"],  # its former name
+            cell=run["cell"],
+            config=flat_fields(run["config"]),
+            finished=self.is_finished(name, run.get("commands", ())),
+            summary=summary,
+            attacks={} if summary is None else self._attacks(name, summary.get("steps")),
+            last_words=last_line(self.log_path(name)),
+        )
 
     def _summary_path(self, name: str) -> Path:
         return self.run_path(name) / "summary.json"
 
     def _summary(self, name: str) -> dict[str, Any] | None:
         return read_json(self._summary_path(name)) if self.is_finished(name) else None
+
+    def _attacks(self, name: str, step: int | None) -> dict[str, Any]:
+        """Those on the checkpoint of this step. Raises: InputError: a file that is no JSON."""
+        reports = {
+            path.parent.name: read_json(path)
+            for path in sorted(self.run_path(name).glob("attack/*/attack.json"))
+        }
+        return {
+            f"attack/{attack}/{field}": value
+            for attack, report in reports.items()
+            if report.get("step") == step
+            for field, value in flat_fields(report).items()
+        }
+
+    def _commands_path(self, name: str) -> Path:
+        return self.run_path(name) / "commands.json"
+
+    def _ended(self, name: str) -> list[str]:
+        path = self._commands_path(name)
+        return read_json(path).get("ended_well", []) if path.exists() else []
 
     def _check_left_out(self, stored: Collection[str], runs: Collection[str]) -> list[str]:
         """The stored runs that the sweep no longer has; raises InputError if one is finished."""
@@ -159,4 +204,9 @@ def last_line(log: Path) -> str:
 
 def _described(run: Run, config: Config) -> dict[str, Any]:
     """A run as sweep.json has it."""
-    return {"variant": run.variant, "cell": run.cell, "config": to_json(config)}
+    return {
+        "variant": run.variant,
+        "cell": run.cell,
+        "config": to_json(config),
+        "commands": run.commands,
+    }

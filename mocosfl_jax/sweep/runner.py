@@ -1,11 +1,11 @@
-"""Carries out the unfinished runs of a sweep, and shows how far it is."""
+"""Carries out the unfinished runs of a sweep and their commands, and shows how far it is."""
 
 import contextlib
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -27,7 +27,7 @@ class Tally:
     slots: int
     done: int = 0
     failed: dict[str, str] = field(default_factory=dict)  # run: why
-    running: dict[str, float] = field(default_factory=dict)  # run: when it started
+    running: dict[str, float] = field(default_factory=dict)  # run: when its first task started
     seconds: list[float] = field(default_factory=list)  # durations of the runs done here
 
     @property
@@ -101,16 +101,24 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def carry_out(
-    tasks: Sequence[Task], engine: Engine, tally: Tally, board: Board, stop: StopRequest
+    tasks: Sequence[Task],
+    engine: Engine,
+    tally: Tally,
+    board: Board,
+    stop: StopRequest,
+    ended_well: Callable[[Task], None] = lambda task: None,
 ) -> None:
     """Starts every task and waits for all; ends those that run when a stop is requested.
 
+    What follows a task that ended well is next in turn: a run is completed before another begins.
+
     Args:
-      tasks: in their order.
+      tasks: one a run, in their order.
       engine: where they run.
       tally: kept up to date; lists the failed ones at the end.
       board: told of each start and end.
       stop: watched.
+      ended_well: told of each task that did.
     """
     waiting = list(tasks)
     running: list[tuple[Task, Job]] = []
@@ -121,12 +129,12 @@ def carry_out(
             if starting:
                 running += zip(starting, engine.start(starting), strict=True)
             for task in starting:
-                tally.running[task.name] = time.monotonic()
-                board.event(f"started {task.name}")
+                tally.running.setdefault(task.name, time.monotonic())
+                board.event(f"started {task}")
             ended = [(task, job) for task, job in running if job.poll() is not None]
             running = [pair for pair in running if pair not in ended]
-            for task, job in ended:
-                _settle(task, job, tally, board)
+            settled = [_settle(task, job, tally, board, ended_well) for task, job in ended]
+            waiting = [task for task in settled if task is not None] + waiting
             board.refresh()
             if not ended:
                 time.sleep(engine.seconds_between_polls)
@@ -137,16 +145,24 @@ def carry_out(
         board.close()
 
 
-def _settle(task: Task, job: Job, tally: Tally, board: Board) -> None:
-    """Records a task that is over."""
+def _settle(
+    task: Task, job: Job, tally: Tally, board: Board, ended_well: Callable[[Task], None]
+) -> Task | None:
+    """Records a task that is over; returns what follows it, if anything."""
+    if job.poll() == 0:
+        ended_well(task)
+        if task.then is not None:
+            return task.then
     seconds = time.monotonic() - tally.running.pop(task.name)
     if job.poll() == 0:
         tally.done += 1
         tally.seconds.append(seconds)
         board.event(f"finished {task.name} in {tqdm.format_interval(seconds)}")
     else:
-        tally.failed[task.name] = f"exit status {job.poll()}: {last_line(task.log)}"
-        board.event(f"failed {task.name}")
+        blamed = f"{task.title}: " if task.title else ""
+        tally.failed[task.name] = f"{blamed}exit status {job.poll()}: {last_line(task.log)}"
+        board.event(f"failed {task}")
+    return None
 
 
 def _end(jobs: Sequence[Job], engine: Engine, stop: StopRequest) -> None:
