@@ -28,83 +28,11 @@ from mocosfl_jax.methods.mocosfl.client import ClientSide
 from mocosfl_jax.methods.mocosfl.messages import ClientModel
 from mocosfl_jax.methods.mocosfl.method import MocoSFL, MocoState
 from mocosfl_jax.methods.mocosfl.server import ServerSide, ServerState
-from mocosfl_jax.models.bottleneck import parse_bottleneck
-from mocosfl_jax.models.contract import Network
-from mocosfl_jax.models.split import Params, SplitModel, build_model
-from tests.named_arrays import normal, parameter
-
-Golden = dict[str, np.ndarray]
-Errors = dict[str, float]
-"""Error over bound, by array; at most 1 passes."""
-
-IMAGE_SIZE = 32
-
-
-# ------------------------------------------------------------------------------ named parameters
-
-
-def golden_model(config: dict[str, Any]) -> SplitModel:
-    return build_model(
-        Network("resnet18", 64, (2, 2, 2, 2), "3x3s1"),
-        cut=config["cut"],
-        bottleneck=parse_bottleneck(config["bottleneck"]),
-        head="V2",
-        head_width=config["head_width"],
-        image_size=IMAGE_SIZE,
-    )
-
-
-def named_variables(model: SplitModel) -> tuple[Params, Params, Params]:
-    """The model's variables, every parameter drawn from its golden name."""
-    client, server, stats = jax.eval_shape(model.init, jax.random.key(0))
-
-    def named(side: str, tree: Params) -> Params:
-        def leaf(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
-            name = "/".join(key.key for key in path)
-            return jnp.asarray(
-                parameter(name.replace("bottleneck/", f"bottleneck/{side}/"), x.shape)
-            )
-
-        return jax.tree_util.tree_map_with_path(leaf, tree)
-
-    return named("client", client), named("server", server), stats
-
-
-def count(tree: Params) -> int:
-    return sum(x.size for x in jax.tree.leaves(tree))
-
-
-# ------------------------------------------------------------------------------------ the errors
-
-
-def relative(got: Any, want: np.ndarray, bound: float) -> float:
-    """Largest absolute difference over the largest golden magnitude, over the bound."""
-    got = np.asarray(got)
-    if got.shape != want.shape:
-        return float("inf")
-    return float(np.abs(got - want).max() / np.abs(want).max() / bound)
-
-
-def absolute(got: Any, want: np.ndarray, bound: float) -> float:
-    got = np.asarray(got)
-    return float(np.abs(got - want).max() / bound) if got.shape == want.shape else float("inf")
-
-
-def of_change(got: Any, want: np.ndarray, start: np.ndarray, bound: float) -> float:
-    """Largest difference over the largest golden change from the start; no change means none."""
-    got = np.asarray(got)
-    change = np.abs(want - start).max()
-    difference = np.abs(got - want).max()
-    if change == 0:
-        return 0.0 if difference == 0 else float("inf")
-    return float(difference / change / bound)
-
-
-def exact(got: Any, want: Any) -> float:
-    return 0.0 if np.array_equal(np.asarray(got), np.asarray(want)) else float("inf")
-
-
-# --------------------------------------------------------------------------------------- replays
+from tests.golden_attack import replay_attack
+from tests.golden_errors import Errors, Golden, absolute, exact, of_change, relative
+from tests.golden_model import IMAGE_SIZE, count, golden_model, named_variables
+from tests.golden_privacy import replay_decoder, replay_ressfl, replay_ssim
+from tests.named_arrays import normal
 
 
 def replay_forward(config: dict[str, Any], golden: Golden) -> Errors:
@@ -207,6 +135,7 @@ def step_batch(config: dict[str, Any], step: int, cohort: list[int], sync: bool)
         weight=jnp.ones(len(cohort)),
         sync=jnp.asarray(sync),
         rate_factor=jnp.float32(1),
+        progress=jnp.float32(0),
         keys=jax.random.split(jax.random.key(step), len(cohort)),
         normalisation=Normalisation(jnp.zeros(3), jnp.ones(3)),
     )
@@ -296,14 +225,21 @@ REPLAYS: dict[str, Callable[[dict[str, Any], Golden], Errors]] = {
     "forward": replay_forward,
     "trajectory": replay_trajectory,
     "knn": replay_knn,
+    "ssim": replay_ssim,
+    "ressfl": replay_ressfl,
+    "decoder": replay_decoder,
+    "attack": replay_attack,
 }
 
 
 def replay(path: str | Path) -> Errors | None:
-    """Error over bound of each checked array; None for a kind without a replay."""
+    """Error over bound of each checked array; None for a kind without a replay.
+
+    A replay finds the file's path in its config under `path`.
+    """
     with np.load(path, allow_pickle=False) as file:
         golden = {name: file[name] for name in file.files}
-    config = json.loads(str(golden["config"]))
+    config = {**json.loads(str(golden["config"])), "path": Path(path)}
     run = REPLAYS.get(config["kind"])
     if run is None:
         return None

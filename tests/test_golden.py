@@ -4,14 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden_replay import absolute, replay
+from tests.golden_errors import absolute
+from tests.golden_replay import replay
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+
+KINDS = {"forward": 3, "trajectory": 5, "knn": 1, "ssim": 1, "ressfl": 1, "decoder": 1}
 
 
 def test_the_files_are_there():
     kinds = [path.stem.partition("_")[0] for path in FILES]
-    assert [kinds.count(kind) for kind in ("forward", "trajectory", "knn")] == [3, 5, 1]
+    assert [kinds.count(kind) for kind in KINDS] == [*KINDS.values()]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
