@@ -71,7 +71,7 @@ class Loop:
         self.partition_seconds = time.perf_counter() - started
         self.samples = config.cohort_size * config.batch_size * STEPS
         self._placement = make_placement(1, 1)
-        self._split = data.train
+        self._dataset = data
         self._program = program_of(config, self._placement)
         self._rounds = Rounds(config, self._placement, self._program)
         self._constants = run_constants(config, self._placement)
@@ -90,7 +90,7 @@ class Loop:
     def _place(self) -> tuple[Dispatch, jax.Array, Images]:
         """The next dispatch on the device."""
         labels = self._program.method.labels
-        return place_inputs(self._placement, self._split, labels, next(self._feed))
+        return place_inputs(self._placement, self._dataset, labels, next(self._feed))
 
     def round(self, advance: Callable[..., Any]) -> float:
         """Seconds of the next round."""

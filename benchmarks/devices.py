@@ -111,7 +111,7 @@ class OneDispatch:
         partition = partition_of(config, len(data.train.images), data.train.labels)
         sampler = CohortSampler(partition, config.cohort_size, config.seed)
         first = next(dispatches(config, partition, sampler, rounds.slots, 0))
-        first, ids, inputs = place_inputs(self.placement, data.train, program.method.labels, first)
+        first, ids, inputs = place_inputs(self.placement, data, program.method.labels, first)
         state = rounds.begin(rounds.initial_state(), ids)
         self.arguments = (state, inputs, run_constants(config, self.placement))
         self.compiled = self.placement.dispatch(program, state).lower(*self.arguments).compile()

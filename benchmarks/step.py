@@ -130,6 +130,7 @@ class Bench:
             weight=self.weight,
             sync=jnp.bool_(True),
             rate_factor=jnp.float32(1),
+            progress=jnp.float32(0),
             keys=jax.random.split(self.constants.method_key, self.config.cohort_size),
             normalisation=self.constants.normalisation,
         )

@@ -106,19 +106,19 @@ def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Resolved, Prepar
     # Imported here so that a typing mistake on the command line is answered at once.
     from mocosfl_jax.config import check_types
     from mocosfl_jax.config.checks import check_fields
-    from mocosfl_jax.config.data import data_options, deal
-    from mocosfl_jax.data.sources import prepare_dataset
+    from mocosfl_jax.config.data import deal, prepare
     from mocosfl_jax.run.program import check_labels, program_of
+    from mocosfl_jax.run.source import with_init_digest
 
     config = check_types(raw)
     check_fields(config)
     if stored is not None and config.holdout_fraction is None:
         # Its rule has changed since version 0.1.0; a run keeps the images that it started with.
         config = dataclasses.replace(config, holdout_fraction=stored.config.holdout_fraction)
-    prepared = prepare_dataset(config.dataset, **data_options(config))
+    prepared = prepare(config)
     config, _ = deal(config, prepared)
     check_labels(config, program_of(config), prepared.info)
-    return config, prepared
+    return with_init_digest(config, stored and stored.config), prepared
 
 
 def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
@@ -126,7 +126,7 @@ def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
     from mocosfl_jax.run.storage import StorageError
     from mocosfl_jax.run.summary import results_table
     from mocosfl_jax.run.workdir import WorkDir, read_stored
-    from mocosfl_jax.train import Interrupted, NonFiniteError, finished, train
+    from mocosfl_jax.train import CollapseError, Interrupted, NonFiniteError, finished, train
 
     config, prepared = _settle(raw, read_stored(path))
     use_compilation_cache(config.compilation_cache)
@@ -142,6 +142,9 @@ def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
         return STOPPED
     except NonFiniteError as error:
         print(f"mocosfl_jax: {error}; earlier checkpoints are kept", file=sys.stderr)
+        return FAILED
+    except CollapseError as error:
+        print(f"mocosfl_jax: {error}", file=sys.stderr)
         return FAILED
     except StorageError as error:
         print(f"mocosfl_jax: {workdir.explain(error)}", file=sys.stderr)
@@ -216,7 +219,10 @@ def _machine_checks(config: "Resolved", prepared: "Prepared") -> Iterator[Callab
 def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
     import jax
 
+    from mocosfl_jax.config.data import deal
+    from mocosfl_jax.config.recipe import find_recipe
     from mocosfl_jax.config.stored import flat_fields, to_json
+    from mocosfl_jax.run.feed import most_draws
     from mocosfl_jax.run.plan import estimate_memory, plan
 
     for name, value in flat_fields(to_json(config)).items():
@@ -228,17 +234,27 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
     )
     one_memory = f"{memory.total / 1e9:.2f} GB"
     syncs = sum(config.sync_steps)
+    mixed = f" + {config.mix_batch_size} of {config.mix_dataset}" if config.mix_dataset else ""
+    once = ""
+    if sizes.bytes_down_per_client_once:
+        received = f"{sizes.bytes_down_per_client_once / 1e6:.2f} MB"
+        once = f"\nreceived by a client once, before its first round: {received}"
+    facts = find_recipe(config.method).facts(
+        config, lambda: most_draws(config, prepared.info, deal(config, prepared)[1])
+    )
     print(
         f"""
-cohort C = {config.cohort_size}, images a client a step B = {config.batch_size}
+cohort C = {config.cohort_size}, images a client a step B = {config.batch_size}{mixed}
 rounds: {config.rounds}, steps a round: {config.steps_per_round}, steps: {config.total_steps}
 syncs a round: {syncs}, one every {config.steps_per_round / syncs:g} steps
 client parameters: {sizes.client_params:,}
 server parameters: {sizes.server_params:,}
 sent by a client in a round: {sizes.bytes_up_per_client_round / 1e6:.2f} MB
-received by a client in a round: {sizes.bytes_down_per_client_round / 1e6:.2f} MB
+received by a client in a round: {sizes.bytes_down_per_client_round / 1e6:.2f} MB{once}
 estimated memory: {one_memory if jax.default_backend() == "cpu" else on_device}"""
     )
+    for note in facts.notes:
+        print(note)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ class Stream(enum.IntEnum):
     PROBE = 7  # heads and batches of the probes
     DATASET = 8  # pixels of the synthetic data set
     METHOD = 9  # what a method draws in a step
+    MIXTURE = 10  # images of a second data set that are mixed in
+    MIXTURE_ORDER = 11  # a client's images of a second data set in a round
+    ATTACK = 12  # auxiliary images, decoder and noise of an attack
+    RELEASE = 13  # what defences draw in evaluation
 
 
 def host_rng(seed: int, stream: Stream, *ids: int) -> np.random.Generator:

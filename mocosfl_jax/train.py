@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from mocosfl_jax.config import Resolved
-from mocosfl_jax.config.data import partition_of
+from mocosfl_jax.config.data import mixed_partition_of, partition_of
+from mocosfl_jax.config.recipe import find_recipe
 from mocosfl_jax.config.stored import flat_fields, to_json
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo, channel_stats
-from mocosfl_jax.data.partition import ClientImages, describe
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import make_placement
 from mocosfl_jax.federated.state import TrainState
@@ -28,7 +28,7 @@ from mocosfl_jax.run.checkpoint import (
 )
 from mocosfl_jax.run.encoder_file import encoder_step, save_encoder, weights_digest
 from mocosfl_jax.run.evaluator import Evaluator
-from mocosfl_jax.run.feed import dispatches, prefetch
+from mocosfl_jax.run.feed import dispatches, most_draws, prefetch
 from mocosfl_jax.run.metrics import (
     Board,
     Line,
@@ -41,15 +41,16 @@ from mocosfl_jax.run.metrics import (
 from mocosfl_jax.run.plan import check_clients_fit, check_fits
 from mocosfl_jax.run.processes import Startup, common_fields, is_primary, several
 from mocosfl_jax.run.program import check_labels, program_of
-from mocosfl_jax.run.progress import Progress
-from mocosfl_jax.run.recorder import NonFiniteError, Recorder
+from mocosfl_jax.run.progress import Progress, describe_data
+from mocosfl_jax.run.recorder import CollapseError, NonFiniteError, Recorder
 from mocosfl_jax.run.rounds import Rounds, place_inputs, run_constants
-from mocosfl_jax.run.stopping import StopRequested, stop_requests
+from mocosfl_jax.run.source import load_source, with_init_digest
+from mocosfl_jax.run.stopping import StopRequest, StopRequested, stop_requests
 from mocosfl_jax.run.storage import StorageError, write_json
 from mocosfl_jax.run.summary import Summary, read_summary, summarize
 from mocosfl_jax.run.workdir import WorkDir, check_resumable, with_stored_stats
 
-__all__ = ["Interrupted", "NonFiniteError", "finished", "train"]
+__all__ = ["CollapseError", "Interrupted", "NonFiniteError", "finished", "train"]
 
 
 class Interrupted(Exception):  # noqa: N818  # a request, no error
@@ -73,11 +74,13 @@ def train(
         run could go on from, or the data have no labels and the method takes them, or they cannot
         give the cohort. Nothing has been changed.
       NonFiniteError: a loss or parameter is not finite; the last good checkpoint stays.
+      CollapseError: the loss was at chance for a round; the state is saved.
       StorageError: a file cannot be written; the last good checkpoint stays.
       Interrupted: after SIGTERM or SIGINT; the same call resumes.
     """
     started, startup = time.monotonic(), startup or Startup()
     progress = Progress(config, is_primary())
+    config = with_init_digest(config, workdir.stored and workdir.stored.config)
     summary = finished(config, dataset.info, workdir, startup)
     if summary is not None:
         startup.ready()
@@ -94,6 +97,7 @@ def train(
     check_fits(config, rounds.bytes_a_device(), device_memory_bytes())
     check_clients_fit(config, machine_memory_bytes())
     partition = partition_of(config, len(dataset.train.images), dataset.train.labels)
+    mixed = mixed_partition_of(config, dataset.info)
     sampler = CohortSampler(partition, config.cohort_size, config.seed)
     lines = read_metrics(workdir.metrics_path)
     check_resumable(workdir, config, lines)
@@ -120,9 +124,10 @@ def train(
         cleanup.callback(checkpoints.close)
         metrics = open_metrics(workdir, config, begun.lines, step)
         startup.ready()
-        recorder = Recorder(metrics, clock, progress)
+        recorder = Recorder(metrics, clock, progress, program.method.chance)
         for open_file in (metrics, recorder, progress):
             cleanup.callback(open_file.close)
+        cleanup.push(partial(tell_others, stop, workdir))  # before a save that waits for them
         evaluator = Evaluator(
             config, placement, program.method.model, dataset, metrics, progress, stop.check
         )
@@ -154,8 +159,8 @@ def train(
             constants = run_constants(config, placement)
             advance: dict[int, Callable] = {}  # compiled dispatches by number of steps
             progress.start(step)
-            feed = dispatches(config, partition, sampler, rounds.slots, step)
-            to_device = partial(place_inputs, placement, dataset.train, program.method.labels)
+            feed = dispatches(config, partition, sampler, rounds.slots, step, mixed)
+            to_device = partial(place_inputs, placement, dataset, program.method.labels)
             for dispatch, cohort_ids, inputs in prefetch(feed, to_device):
                 if dispatch.begins_round:
                     state = rounds.begin(state, cohort_ids)
@@ -176,6 +181,7 @@ def train(
                     state = rounds.end(state)
                 recorder.push(dispatch, output)  # waits for the one before, while this one runs
                 stop.check()
+                recorder.check()
                 if not dispatch.ends_round:
                     continue
                 if monitor_due(config, step):
@@ -190,22 +196,24 @@ def train(
 
             # -------------------------------------------------------------------------- at the end
             results = evaluator.final(network(), step)
-        except StopRequested:
+        except (StopRequested, CollapseError) as reason:
             if step == 0:
                 raise Interrupted("stopped before the first step") from None
             recorder.drain()
             save()
             text = f"stopped at step {step} of {config.total_steps}, which is saved"
+            if isinstance(reason, CollapseError):
+                raise CollapseError(f"{reason}; {text}") from None
             raise Interrupted(text) from None
-        except StorageError as error:
-            stop.fail(workdir.explain(error))
-            raise
         checkpoints.wait()
         metrics.flush()
         clock.wall_seconds = wall_before + time.monotonic() - started
         encoder = weights_digest(workdir.encoder_path)
+        facts = find_recipe(config.method).facts(
+            config, partial(most_draws, config, dataset.info, partition)
+        )
         summary = summarize(
-            config, identity.digest, encoder, clock, results, dataset, placement, begun.gaps
+            config, identity.digest, encoder, clock, results, dataset, placement, begun.gaps, facts
         )
         if is_primary():
             write_json(workdir.summary_path, summary)
@@ -240,7 +248,8 @@ def begin_or_resume(
     """Takes the newest good checkpoint, or starts. What does not belong to it is set aside.
 
     Args: lines: all that metrics.jsonl has.
-    Raises: InputError: there are checkpoints, but none is good; nothing has been changed.
+    Raises: InputError: there are checkpoints, but none is good, or no network to start from;
+    nothing has been changed.
     StorageError.
     """
     folder = workdir.checkpoints_path
@@ -251,6 +260,8 @@ def begin_or_resume(
     if found.bad:
         progress.say(f"checkpoints that cannot be used are set aside ({reasons})")
     step = found.restored.step if found.restored else 0
+    starts = found.restored is None and identity.config.init_from is not None
+    source = load_source(identity.config) if starts else None
     if is_primary():
         unusable = [folder / str(step) for step in found.bad]
         if step < identity.config.total_steps:
@@ -260,7 +271,10 @@ def begin_or_resume(
         workdir.set_aside(path for path in unusable if path.exists())
     startup.agree({"step to go on from": step})  # all see the folder as it is now
     if found.restored is None:
-        return Begun(rounds.initial_state(), Clock(), 0, {}, [])
+        for note in source.notes if source else ():
+            progress.say(note)
+        loaded = source.variables if source else None
+        return Begun(rounds.initial_state(loaded), Clock(), 0, {}, [])
     if workdir.stored is not None and workdir.stored.data is None:
         progress.say("this run has no record of its data set: the one found is taken for it")
     kept = {at: line for at, line in lines.items() if at <= step}
@@ -338,15 +352,13 @@ def with_channel_stats(config: Resolved, dataset: Dataset) -> Resolved:
     )
 
 
-def describe_data(progress: Progress, partition: ClientImages, dataset: Dataset) -> None:
-    """Says what was read, and who holds it."""
-    info = dataset.info
-    progress.say(f"data: {info.num_train:,} training and {info.num_test:,} test images{_of(info)}")
-    facts = describe(partition, dataset.train.labels, dataset.info.num_classes)
-    progress.say("partition: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
-
-
 # --------------------------------------------------------------------------------------- pieces
+
+
+def tell_others(stop: StopRequest, workdir: WorkDir, _: Any, error: Any, traceback: Any) -> None:
+    """Ends all processes if a file of this one cannot be written. Args: as of `__exit__`."""
+    if isinstance(error, StorageError):
+        stop.fail(workdir.explain(error))
 
 
 def monitor_due(config: Resolved, step: int) -> bool:
@@ -368,14 +380,6 @@ def compile_dispatch(jitted: Any, *args: Any) -> tuple[Callable[..., Any], float
     started = time.monotonic()
     compiled = jitted.lower(*args).compile()
     return compiled, time.monotonic() - started
-
-
-def _of(info: DatasetInfo) -> str:
-    """What is known of the classes, and of where the test images come from."""
-    names = info.class_names or ()
-    shown = f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else ""
-    classes = f" of {info.num_classes} classes{shown}" if info.num_classes else ", without labels"
-    return f"{classes}; the test images are held out" if info.held_out else classes
 
 
 def _ranges(gaps: list[list[int]]) -> str:

@@ -18,11 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from mocosfl_jax.config import check_types, resolve
 from mocosfl_jax.data.dataset import DatasetInfo
-from mocosfl_jax.encoder import encoder_step
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import single_device
 from mocosfl_jax.methods.mocosfl.former import to_former
 from mocosfl_jax.run.checkpoint import Clock, Found, Identity, data_digest, digest, find_newest
+from mocosfl_jax.run.encoder_file import encoder_step
 from mocosfl_jax.run.program import program_of
 from mocosfl_jax.run.rounds import Rounds
 from mocosfl_jax.run.workdir import WorkDir, read_stored

@@ -125,6 +125,10 @@ def test_every_field_is_resolved():
         "images_per_client",
         "devices",
         "cohort_chunks",
+        "mix_dataset",
+        "mix_batch_size",
+        "init_from",
+        "init_digest",
     }
     config = resolved()
     assert type(config) is Resolved
@@ -465,8 +469,10 @@ def test_what_resuming_may_change():
         "data_dir",
         "devices",
         "eval_batch_size",
+        "init_from",
         "keep_checkpoints",
         "knn_every",
+        "mix_dataset",
         "progress",
         "server_shards",
         "steps_per_dispatch",

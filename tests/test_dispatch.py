@@ -27,7 +27,7 @@ from tests.tiny_method import (
 def test_a_dispatch_equals_its_steps_one_by_one(poison):
     method, ids = tiny_method("one_way"), [4, 1, 3]
     augment = AugmentConfig(size=SIZE, blur_prob=0.0)
-    program = Program(method, augment, SERVER_RATE, rate_schedule("cosine", total_steps=5))
+    program = Program(method, augment, SERVER_RATE, rate_schedule("cosine", 5), total_steps=5)
     rng = np.random.default_rng(0)
     raw = jnp.asarray(rng.integers(0, 256, (3, 3, BATCH, 10, 9, 3)), jnp.uint8)
     mask = jnp.asarray(rng.random((3, 3, BATCH)) < 0.8).at[:, :, 0].set(True)
@@ -61,6 +61,7 @@ def test_a_dispatch_equals_its_steps_one_by_one(poison):
             weight=inputs.weight,
             sync=inputs.sync[s],
             rate_factor=jnp.float32(factor),
+            progress=jnp.float32((2 + s) / 5),
             keys=jax.random.split(key, 3),  # the method draws nothing
             normalisation=normalisation,
         )

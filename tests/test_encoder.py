@@ -18,9 +18,10 @@ from safetensors.numpy import load_file, save
 from mocosfl_jax.config import Config
 from mocosfl_jax.config.network import model_of
 from mocosfl_jax.data.sources import load_dataset
-from mocosfl_jax.encoder import Encoder, encoder_step, load_encoder, save_encoder
+from mocosfl_jax.encoder import Encoder, load_encoder
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.models.split import Encoded, Variables
+from mocosfl_jax.run.encoder_file import encoder_step, save_encoder
 
 SIZE = 8
 CONFIG = Config(

@@ -162,6 +162,7 @@ def test_the_extra_gradient_is_given_pixels_and_what_was_sent(loss):
     np.testing.assert_array_equal(seen.mask, np.tile(MASK, rows // BATCH))
     bits = [jax.random.bits(keys_of(batch, slot)[2]) for slot in range(SLOTS)]
     np.testing.assert_array_equal(seen.bits, bits)
+    np.testing.assert_array_equal(seen.progress, [0.25] * SLOTS)
 
 
 def test_the_extra_gradient_is_added_before_the_backward_pass():
@@ -275,7 +276,8 @@ def test_the_state_of_the_hook_is_in_checkpoints(tmp_path):
 def test_keys_differ_by_client_and_step_but_not_by_slot():
     def bits_by_client(ids: list[int]) -> dict[int, list[int]]:
         method = hooked(doubled, RECORDERS["one_way"])
-        program = Program(method, AugmentConfig(size=SIZE), 0.1, rate_schedule("constant", 10))
+        schedule = rate_schedule("constant", 10)
+        program = Program(method, AugmentConfig(size=SIZE), 0.1, schedule, total_steps=10)
         constants = Constants(batch_of(1).normalisation, jax.random.key(1), jax.random.key(2))
         state = begin_round(method, started(RECORDERS["one_way"]), jnp.asarray(ids, jnp.int32))
         run = jax.jit(run_dispatch, static_argnums=0)
@@ -352,7 +354,7 @@ def bare_forward(side, state, query, key, mask, rng):
     return state.replace(key_params=key_params), sent, backward
 
 
-def bare_update(side, state, backward, gradient: LatentGradient, rate, to_pixels, rng):
+def bare_update(side, state, backward, gradient: LatentGradient, rate, to_pixels, rng, progress):
     """`client.update` in the same way."""
     (grad,) = backward(gradient.query)
     params, opt_state = sgd_update(side.optimizer, state.params, state.opt_state, grad, rate)

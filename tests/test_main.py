@@ -75,7 +75,7 @@ def test_an_interrupt_outside_training_leaves_no_traceback(capsys, npz, monkeypa
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mocosfl_jax.data.sources.prepare_dataset", interrupted)
+    monkeypatch.setattr("mocosfl_jax.config.data.prepare_dataset", interrupted)
     assert main(command(npz)) == 130
     _, err = capsys.readouterr()
     assert err == "mocosfl_jax: interrupted; the same command goes on\n"

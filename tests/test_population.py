@@ -168,7 +168,7 @@ class Run:
         for dispatch in feed:
             if dispatch.step == stop:
                 break
-            _, ids, inputs = place_inputs(self._placement, self._dataset.train, False, dispatch)
+            _, ids, inputs = place_inputs(self._placement, self._dataset, False, dispatch)
             if dispatch.begins_round:
                 state = self.rounds.begin(state, ids)
             advance = advance or self._placement.dispatch(self._program, state)

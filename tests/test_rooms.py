@@ -22,10 +22,12 @@ TOP = ("__init__", "main", "train", "encoder")
 BOTTOM = ("errors", "randomness", "machine")
 ROOMS = (  # from top to bottom; imports point down
     "sweep",
+    "attack",
     "run",
     "evaluation",
     "methods",
     "config",
+    "privacy",
     "federated",
     "data",
     "models",
@@ -38,11 +40,12 @@ LONGEST = 400  # lines of a file
 BY_NAME = {"config/recipe.py"}  # finds a method's recipe by its name, so that config is below it
 
 ARRAYS = ("chex", "collections", "dataclasses", "flax", "functools", "jax", "math", "numpy")
-ARRAYS += ("optax", "re", "typing")
+ARRAYS += ("dp_accounting", "optax", "re", "typing")
 PURE = {  # and what of the package each may import
     "learning/*.py": ("learning",),
     "models/*.py": ("models", "learning", "errors"),
     "federated/*.py": ("federated", "models", "learning", "data.augment", "errors"),
+    "privacy/*.py": ("privacy", "models", "learning", "errors"),
     "methods/*/client.py": ("learning", "methods.*.messages"),
     "methods/*/server.py": ("learning", "methods.*.messages"),
     "methods/*/messages.py": (),

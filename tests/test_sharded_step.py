@@ -90,6 +90,7 @@ def test_the_step_on_many_devices_is_the_step_on_one(loss, shared, aligned, head
         weight=SPLIT,
         sync=REPLICATED,
         rate_factor=REPLICATED,
+        progress=REPLICATED,
         keys=SPLIT,
         normalisation=REPLICATED,
     )
@@ -123,7 +124,8 @@ def test_a_dispatch_on_many_devices_is_the_dispatch_on_one():
 
     def program(method: MocoSFL):
         schedule = rate_schedule("constant", total_steps=9)
-        return functools.partial(run_dispatch, Program(method, augment, SERVER_RATE, schedule))
+        program = Program(method, augment, SERVER_RATE, schedule, total_steps=9)
+        return functools.partial(run_dispatch, program)
 
     steps = P(None, AXIS)
     run = spread(

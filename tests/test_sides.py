@@ -202,6 +202,7 @@ def batch_of(step: int) -> Batch:
         weight=jnp.asarray(WEIGHTS, jnp.float32),
         sync=jnp.asarray(SYNCS[step]),
         rate_factor=jnp.float32(FACTORS[step]),
+        progress=jnp.float32(0),
         keys=jax.random.split(jax.random.key(step), CLIENTS),
         normalisation=Normalisation(jnp.zeros(3), jnp.ones(3)),
     )

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from mocosfl_jax.config import Resolved, check_types, default_config, resolve
-from mocosfl_jax.config.data import data_options
-from mocosfl_jax.data.sources import Dataset, inspect_dataset, load_dataset
+from mocosfl_jax.config.data import prepare
+from mocosfl_jax.data.sources import Dataset
 from mocosfl_jax.federated.placement import single_device
 from mocosfl_jax.run.checkpoint import Identity, data_digest, find_newest
 from mocosfl_jax.run.program import program_of
@@ -61,9 +61,8 @@ def load(npz: Path, **fields) -> tuple[Resolved, Dataset]:
     raw = default_config()
     raw.update({"dataset": f"npz:{npz}", **FIELDS, **fields})
     config = check_types(raw)
-    options = data_options(config)
-    resolved = resolve(config, inspect_dataset(config.dataset, **options))
-    return resolved, load_dataset(config.dataset, **options)
+    prepared = prepare(config)
+    return resolve(config, prepared.info), prepared.load()
 
 
 def saved_state(folder: Path, npz: Path, **fields):

@@ -123,6 +123,7 @@ def one_batch(
         weight=jnp.asarray(weights, jnp.float32),
         sync=jnp.asarray(sync),
         rate_factor=jnp.float32(factor),
+        progress=jnp.float32(0),
         keys=jax.random.split(jax.random.key(seed), len(mask_CB)),
         normalisation=Normalisation(jnp.zeros(3), jnp.ones(3)),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -30,17 +31,33 @@ EMA, TEMPERATURE = 0.7, 0.2  # those of `method_of`
 # -------------------------------------------------------------------------------------- toy hooks
 
 
+@dataclasses.dataclass(frozen=True)
+class ToyRelease:
+    """A release that is sent as it is."""
+
+    change: Callable[[jax.Array, jax.Array], jax.Array]
+
+    def __call__(self, latents: jax.Array, key: jax.Array) -> jax.Array:
+        return self.change(latents, key)
+
+    def on_wire(self, latents: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return latents
+
+
+@ToyRelease
 def doubled(latents: jax.Array, key: jax.Array) -> jax.Array:
     """Twice the latents, and noise."""
     return 2 * latents + jax.random.normal(key, latents.shape)
 
 
+@ToyRelease
 def pooled(latents: jax.Array, key: jax.Array) -> jax.Array:
     """A release of another shape: half as high and half as wide."""
     count, height, width, channels = latents.shape
     return latents.reshape(count, height // 2, 2, width // 2, 2, channels).mean(axis=(2, 4))
 
 
+@ToyRelease
 def identity(latents: jax.Array, key: jax.Array) -> jax.Array:
     return latents
 
@@ -52,6 +69,7 @@ class Seen(flax.struct.PyTreeNode):
     latents: jax.Array
     mask: jax.Array
     bits: jax.Array
+    progress: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +84,12 @@ class Recorder:
             latents=jnp.zeros((self.rows, SIZE, SIZE, 8)),
             mask=jnp.zeros(self.rows, bool),
             bits=jnp.zeros((), jnp.uint32),
+            progress=jnp.zeros(()),
         )
 
-    def __call__(self, state, pixels, latents, mask, key):
-        return jnp.zeros_like(latents), Seen(pixels, latents, mask, jax.random.bits(key)), {}
+    def __call__(self, state, pixels, latents, mask, key, progress):
+        seen = Seen(pixels, latents, mask, jax.random.bits(key), progress)
+        return jnp.zeros_like(latents), seen, {}
 
 
 class Centre(flax.struct.PyTreeNode):
@@ -88,7 +108,7 @@ class Pull:
     def init(self, key: jax.Array) -> Centre:
         return Centre(jax.random.normal(key), jnp.zeros((), jnp.int32))
 
-    def __call__(self, state, pixels, latents, mask, key):
+    def __call__(self, state, pixels, latents, mask, key, progress):
         counts = mask.astype(jnp.float32)
         total, rows = (pixels.mean(axis=(1, 2, 3)) * counts).sum(), counts.sum()
         shift = jax.random.normal(key)
@@ -143,6 +163,7 @@ def batch_of(seed: int, pixels: np.ndarray | None = None) -> Batch:
         weight=jnp.asarray([1.0, 2.0, 0.5, 0.0]),
         sync=jnp.asarray(False),
         rate_factor=jnp.float32(0.5),
+        progress=jnp.float32(0.25),
         keys=jax.random.split(jax.random.key(seed), SLOTS),
         normalisation=Normalisation(jnp.asarray(MEAN), jnp.asarray(STD)),
     )

@@ -1,5 +1,7 @@
 """What must hold of the fields that all methods share, alone and together."""
 
+import dataclasses
+
 from mocosfl_jax.config.fields import METHOD_FIELDS, Config, Resolved
 from mocosfl_jax.config.network import network_of
 from mocosfl_jax.config.ranges import LARGEST, check_ranges
@@ -21,8 +23,9 @@ def check_fields(config: Config) -> None:
     _check_read(config)
     check_ranges(config)
     for name, section in config.sections.items():
-        check_ranges(section, f"config.{name}")
+        check_ranges(section, f"config.{name}.")
     _check_network(config)
+    _check_companions(config)
     if config.classes_per_client is not None and config.dirichlet_alpha is not None:
         raise InputError(
             "config.dirichlet_alpha",
@@ -57,6 +60,9 @@ def check_clients(config: Config, info: DatasetInfo) -> None:
         raise InputError(
             "config.classes_per_client", classes, f"the data set has {info.num_classes} classes"
         )
+    if 0 < info.num_mixed < config.num_clients:
+        few = f"{info.num_mixed} images are too few for {config.num_clients} clients"
+        raise InputError("config.mix_fraction", config.mix_fraction, few)
     if classes is not None and held is None:
         partition.check_shards(config.num_clients, classes, info.num_train)
 
@@ -82,6 +88,24 @@ def _check_read(config: Config) -> None:
         if value is not None:
             allowed = f"method {config.method!r} does not read it: unset"
             raise InputError(f"config.{name}", value, allowed)
+
+
+_MEANINGLESS_ALONE = {
+    "mix_fraction": "mix_dataset",
+    "mix_batch_size": "mix_dataset",
+    "init_parts": "init_from",
+    "init_digest": "init_from",
+}
+"""Fields that say more of another one, which must then be set."""
+
+
+def _check_companions(config: Config) -> None:
+    """Raises: InputError: a field is set that only counts with another one, which is unset."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for name, other in _MEANINGLESS_ALONE.items():
+        value = getattr(config, name)
+        if value != defaults[name] and getattr(config, other) is None:
+            raise InputError(f"config.{name}", value, f"config.{other} is unset: set it too")
 
 
 def _check_network(config: Config) -> None:
@@ -128,10 +152,11 @@ def _check_schedule(config: Resolved, given: Config) -> None:
 
 def _check_round(config: Resolved, given: Config) -> None:
     """The images of a round, which are drawn at its start, are numbered in 32 bits."""
-    cohort, batch, steps = config.cohort_size, config.batch_size, config.steps_per_round
+    cohort, batch, steps = config.cohort_size, config.images_a_step, config.steps_per_round
     if cohort * batch > LARGEST:
-        allowed = f"with {cohort} clients a round, 1 to {LARGEST // cohort}"
-        raise InputError("config.batch_size", batch, allowed)
+        name = "batch_size" if config.batch_size * 2 >= batch else "mix_batch_size"
+        allowed = f"with {cohort} clients a round, 1 to {LARGEST // cohort} images each a step"
+        raise InputError(f"config.{name}", getattr(config, name), allowed)
     if cohort * batch * steps <= LARGEST:
         return
     if given.steps_per_round is None:

@@ -5,9 +5,19 @@ from numpy.typing import NDArray
 
 from mocosfl_jax.config.fields import Config, Resolved
 from mocosfl_jax.config.resolve import resolve
-from mocosfl_jax.data.dataset import Prepared
-from mocosfl_jax.data.partition import ClientImages, SharedImages, by_classes, dirichlet, iid
-from mocosfl_jax.data.sources import Options
+from mocosfl_jax.data.dataset import DatasetInfo, Prepared
+from mocosfl_jax.data.mixture import with_mixture
+from mocosfl_jax.data.partition import (
+    ClientImages,
+    Partition,
+    SharedImages,
+    by_classes,
+    dirichlet,
+    iid,
+    in_order,
+)
+from mocosfl_jax.data.sources import Options, prepare_dataset
+from mocosfl_jax.errors import InputError
 
 
 def data_options(config: Config) -> Options:
@@ -20,6 +30,32 @@ def data_options(config: Config) -> Options:
         "holdout_fraction": config.holdout_fraction,
         "seed": config.seed,
     }
+
+
+def prepare(config: Config) -> Prepared:
+    """The data set of a config, resolved or not, and what is mixed in; no pixel is decoded.
+
+    Raises: InputError: as `prepare_dataset`, for either of the two.
+    """
+    options = data_options(config)
+    first = prepare_dataset(config.dataset, **options)
+    if config.mix_dataset is None:
+        return first
+    # A split's name, and a share of images to test on, are the first data set's.
+    own = Options(
+        data_dir=config.data_dir,
+        train_split=None,
+        test_split=None,
+        image_size=first.info.image_size,
+        holdout_fraction=None,
+        seed=config.seed,
+    )
+    try:
+        second = prepare_dataset(config.mix_dataset, **own)
+    except InputError as error:
+        error.args = (str(error).replace("config.dataset", "config.mix_dataset"),)
+        raise
+    return with_mixture(first, second, config.mix_fraction, config.seed)
 
 
 def deal(config: Config, prepared: Prepared) -> tuple[Resolved, ClientImages]:
@@ -63,3 +99,11 @@ def partition_of(
     if config.dirichlet_alpha is not None:
         return dirichlet(labels, config.num_clients, config.dirichlet_alpha, config.seed)
     return iid(num_images, config.num_clients, config.seed)
+
+
+def mixed_partition_of(config: Config, info: DatasetInfo) -> Partition | None:
+    """Which client holds which images of the second data set; None: there is none.
+
+    Args: info: of the data set, from `prepare`.
+    """
+    return in_order(info.num_mixed, config.num_clients) if info.num_mixed else None

@@ -80,6 +80,15 @@ class Config:
     # computed from the train split.
     mean: Annotated[tuple[float, ...], THREE, PIXELS] = RULE
     std: Annotated[tuple[float, ...], THREE, STDS] = RULE
+    # A second data set, written as `dataset` is, whose training images are trained on too, each
+    # client with an equal share of them. They are resized and normalised as the others are; labels
+    # and test images are those of `dataset` alone. None: none.
+    mix_dataset: Annotated[str | None, EXECUTION] = None
+    # Part of the second data set's training images, in (0, 1], drawn at random.
+    mix_fraction: Annotated[float, ABOVE_0_TO_1] = 1.0
+    # Images of the second data set that a client adds to the B of each step. Rule: batch_size,
+    # where mix_dataset is set.
+    mix_batch_size: Annotated[int | None, FROM_1] = None
 
     # ------------------------------------------------------------------------------- clients
     # N, registered clients.
@@ -160,6 +169,15 @@ class Config:
     # Whether a sync averages the clients' key encoders too (MonAcoSFL; matters at deep cuts).
     # Rule: False.
     align_momentum: Annotated[bool, BY_METHOD] = RULE
+
+    # -------------------------------------------------------------------------------------- start
+    # Trained network to start from, in place of random parameters: a run's folder, or an encoder
+    # file. A run that has begun resumes without it. None: random parameters.
+    init_from: Annotated[str | None, EXECUTION] = None
+    # What is taken of it: `client`, `server` (with the head) or `both`; key encoders start alike.
+    init_parts: Annotated[str, one_of(("client", "server", "both"))] = "both"
+    # Digest of its weights; others are refused. Rule: that of the file, where init_from is set.
+    init_digest: str | None = None
 
     # ------------------------------------------------------------------------------ optimisation
     # Learning rate of SGD at the start; that of the server where clients have their own.
@@ -255,6 +273,11 @@ class Resolved(Config):
     @property
     def total_steps(self) -> int:
         return self.rounds * self.steps_per_round
+
+    @property
+    def images_a_step(self) -> int:
+        """Images of one client in a step, those of a second data set among them."""
+        return self.batch_size + (self.mix_batch_size or 0)
 
     @property
     def sync_steps(self) -> tuple[bool, ...]:

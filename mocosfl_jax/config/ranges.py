@@ -64,12 +64,12 @@ ABOVE_0_TO_1 = Range("a number in (0, 1] is needed", lambda x: 0 < x <= 1)
 FROM_0_BELOW_1 = Range("a number in [0, 1) is needed", lambda x: 0 <= x < 1)
 
 
-def check_ranges(config: Any, where: str = "config") -> None:
+def check_ranges(config: Any, prefix: str = "config.") -> None:
     """Checks every set field by itself.
 
     Args:
       config: a dataclass whose fields may carry ranges; None means unset.
-      where: what errors put before `.FIELD`.
+      prefix: what errors put before the name of a field.
     Raises: InputError: names the first field with a value that is not allowed.
     """
     kind: type = type(config)
@@ -77,7 +77,7 @@ def check_ranges(config: Any, where: str = "config") -> None:
         value = getattr(config, name)
         for marker in markers:
             if isinstance(marker, Range) and value is not None and not marker.holds(value):
-                raise InputError(f"{where}.{name}", value, marker.allowed)
+                raise InputError(f"{prefix}{name}", value, marker.allowed)
 
 
 def marked(kind: type, marker: Marker) -> frozenset[str]:

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax.core import FrozenDict
 
@@ -30,6 +30,17 @@ class FormerLayout:
     from_former: Callable[[Any, TrainState], TrainState]
 
 
+class Facts(NamedTuple):
+    """What a method says of a run that follows from its config.
+
+    values: by their name in summary.json; numbers and texts. notes: lines for a person, after the
+      plan of `--dry_run` and the table at the end.
+    """
+
+    values: Mapping[str, Any] = FrozenDict()
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a method tells the config: the fields it reads, its rules and checks, how it is built.
@@ -41,6 +52,8 @@ class Recipe:
     check: raises InputError for values that contradict each other.
     sections: by name, frozen dataclasses whose fields have defaults, and ranges like those of
       `Config`; they become `config.NAME.FIELD`.
+    facts: what it says of a run. Its second argument counts how often the most often drawn image
+      is drawn, which takes a while.
     memory_hints: by part of the state (`population`, or `server.X` for the field X of the server's
       state), the config field to blame where it does not fit the device, and what to do.
     former: how checkpoints of version 0.1 held this method's state; None: they never did.
@@ -51,6 +64,7 @@ class Recipe:
     rules: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     check: Callable[[Resolved], None] = lambda config: None
     sections: Mapping[str, type] = FrozenDict()
+    facts: Callable[[Resolved, Callable[[], int]], Facts] = lambda config, most_draws: Facts()
     memory_hints: Mapping[str, tuple[str, str]] = FrozenDict()
     former: FormerLayout | None = None
 

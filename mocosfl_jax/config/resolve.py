@@ -66,6 +66,8 @@ def _filled(config: Config, info: DatasetInfo, holders: int) -> Config:
     fill("holdout_fraction", HOLDOUT_FRACTION if info.labelled else 0.0)
     fill("cohort_size", min(holders, 100))
     fill("batch_size", max(1, config.total_batch // config.cohort_size))
+    if config.mix_dataset is not None:
+        fill("mix_batch_size", config.batch_size)
     rows = config.cohort_size * config.batch_size
     if config.steps_per_round is None:
         fill("rounds", math.ceil(config.epochs * config.num_clients / config.cohort_size))

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mocosfl_jax.config.defences import DEFENCES
 from mocosfl_jax.config.fields import EXECUTION_FIELDS, METHOD_FIELDS, Config, Resolved
 from mocosfl_jax.config.recipe import find_recipe
 from mocosfl_jax.config.types import FIELDS, check_types, value_types
@@ -19,7 +20,18 @@ _MEANING_WITHOUT_FIELD = {
 """What a field means in a stored config that lacks it, where that is not today's default. A new
 field whose default changes what a run does needs an entry."""
 
-_NEWER_THAN_IDENTITY = {"method": "mocosfl"}
+_NEWER_THAN_IDENTITY = {
+    "method": "mocosfl",
+    "mix_fraction": 1.0,
+    "mix_batch_size": None,
+    "init_parts": "both",
+    "init_digest": None,
+    **{
+        f"{name}.{field.name}": field.default
+        for name, section in DEFENCES.items()
+        for field in dataclasses.fields(section)
+    },
+}
 """Fields that were added after runs got their identity, and what runs without them did."""
 
 

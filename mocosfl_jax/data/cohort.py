@@ -51,7 +51,13 @@ def draw_cohort(
 
 
 def client_order(
-    partition: ClientImages, client: int, round_: int, seed: int, batch_size: int, steps: int
+    partition: ClientImages,
+    client: int,
+    round_: int,
+    seed: int,
+    batch_size: int,
+    steps: int,
+    stream: Stream = Stream.ORDER,
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Images of one client in one round.
 
@@ -67,6 +73,7 @@ def client_order(
         seed: of the run.
         batch_size: B.
         steps: steps of the round.
+        stream: of the order; `MIXTURE_ORDER` for a second data set.
 
     Returns:
         Image ids (steps, B) int32, and a mask (steps, B) that is False on padding.
@@ -79,7 +86,7 @@ def client_order(
         raise InputError("client", client, "a client without images cannot take part")
     taken = min(len(images), batch_size)
     walks = -(-steps * taken // len(images))
-    rng = host_rng(seed, Stream.ORDER, round_, client)
+    rng = host_rng(seed, stream, round_, client)
     walk = rng.permuted(np.broadcast_to(images, (walks, len(images))), axis=1)
     ids = np.full((steps, batch_size), images[0], np.int32)
     ids[:, :taken] = walk.reshape(-1)[: steps * taken].reshape(steps, taken)
@@ -95,6 +102,7 @@ def round_batches(
     seed: int,
     batch_size: int,
     steps: int,
+    stream: Stream = Stream.ORDER,
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """`client_order` of every member of a cohort.
 
@@ -105,6 +113,7 @@ def round_batches(
         seed: of the run.
         batch_size: B.
         steps: steps of the round.
+        stream: as for `client_order`.
 
     Returns:
         Image ids (steps, C, B) int32 and their mask, bool, False on padding.
@@ -113,6 +122,6 @@ def round_batches(
     mask = np.empty(ids.shape, bool)
     for slot, client in enumerate(cohort):
         ids[:, slot], mask[:, slot] = client_order(
-            partition, int(client), round_, seed, batch_size, steps
+            partition, int(client), round_, seed, batch_size, steps, stream
         )
     return ids, mask

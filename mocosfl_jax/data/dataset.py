@@ -24,6 +24,7 @@ class DatasetInfo:
     labels. class_names: one a class, or None where there are no names. fingerprint: what tells
     this data set from another or a changed one (`fingerprint.difference`), ready for JSON; it
     takes no part in comparisons. held_out: whether the test images were split off from the others.
+    num_mixed: training images of a second data set, which are not among num_train.
     """
 
     name: str
@@ -34,6 +35,7 @@ class DatasetInfo:
     class_names: tuple[str, ...] | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     held_out: bool = False
+    num_mixed: int = 0
 
     @property
     def labelled(self) -> bool:
@@ -51,12 +53,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in memory. class_names: one a class, or None where there are no names."""
+    """A data set in memory.
+
+    class_names: one a class, or None where there are no names. mixed: training images of a second
+    data set, in random order and without labels (`mixture.with_mixture`); None: there is none.
+    """
 
     train: Split
     test: Split | None
     class_names: tuple[str, ...] | None
     info: DatasetInfo
+    mixed: Split | None = None
 
 
 @dataclass(frozen=True)

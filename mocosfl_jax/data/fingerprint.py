@@ -5,7 +5,8 @@ A fingerprint is a dict of JSON types. All have `kind` (`folder`, `npz`, `tfds`,
 
 - folder: `pictures`, the size in bytes of each by its name relative to the folder;
 - npz: `arrays`, dtype, shape and CRC of each that is read, by its name;
-- tfds: `name`, `version` and `splits`.
+- tfds: `name`, `version` and `splits`;
+- any, with a second data set mixed in: `mixed`, the fingerprint of that one.
 
 Nothing in it depends on where the files lie, nor on config fields such as `image_size`,
 `holdout_fraction` and `seed`: images are counted before any are held out.
@@ -61,6 +62,9 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         ("images", "{} images: {} -> {}"),
     ):
         yield from _changed_values(_dict(old.get(key)), _dict(new.get(key)), text)
+    if "mixed" in old and "mixed" in new:
+        changes = _changes(_dict(old["mixed"]), _dict(new["mixed"]))
+        yield from (f"mixed in: {change}" for change in changes)
     yield from _changed_values(old, new)
 
 

@@ -165,6 +165,11 @@ def iid(num_images: int, num_clients: int, seed: int) -> Partition:
     return Partition(_even_cuts(num_images, num_clients), indices.astype(np.int32))
 
 
+def in_order(num_images: int, num_clients: int) -> Partition:
+    """Images one after another, in parts whose sizes differ by one at most."""
+    return Partition(_even_cuts(num_images, num_clients), np.arange(num_images, dtype=np.int32))
+
+
 def by_classes(
     labels: NDArray[np.integer] | None, num_clients: int, classes_per_client: int, seed: int
 ) -> Partition:

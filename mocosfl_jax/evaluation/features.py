@@ -12,7 +12,8 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import Placement, single_device
 
 PyTree = Any
-ApplyFn = Callable[[PyTree, jax.Array], PyTree]
+ApplyFn = Callable[..., PyTree]
+"""From parameters, images and, where they are asked for, positions to a pytree of rows."""
 
 _FEW = (1, 8, 32, 128, 256)
 """Rows that a small number of images is padded to: each size is compiled once."""
@@ -27,6 +28,7 @@ def encode(
     batch_size: int,
     placement: Placement | None = None,
     before_batch: Callable[[], None] | None = None,
+    first_row: int | None = None,
 ) -> PyTree:
     """Runs a frozen encoder over unaugmented images, in order.
 
@@ -49,6 +51,8 @@ def encode(
       placement: of the devices that share the rows of a batch; None: the first one.
       before_batch: called before each batch is launched; what it raises ends the work, and nothing
         more is launched.
+      first_row: position of the first image in a larger set: `apply_fn` then has a third argument,
+        the positions of its rows, (rows,) int32. What it draws may depend on them.
 
     Returns:
       The pytree of `apply_fn` with NumPy leaves (n, ...).
@@ -66,8 +70,12 @@ def encode(
     for images_BHWC in _padded_batches(images_nHWC, rows_a_call):
         if before_batch is not None:
             before_batch()
-        rows = placement.put_array(images_BHWC, placement.rows())
-        launched = _encode_batch(apply_fn, placement, params, rows, mean_C, std_C)
+        rows: tuple[np.ndarray, ...] = (images_BHWC,)
+        if first_row is not None:
+            rows += (np.arange(first_row, first_row + rows_a_call, dtype=np.int32),)
+            first_row += rows_a_call
+        placed = tuple(placement.put_array(row, placement.rows()) for row in rows)
+        launched = _encode_batch(apply_fn, placement, params, placed, mean_C, std_C)
         if running is not None:  # fetched only now, so that two batches at most are on the device
             chunks.append(jax.device_get(running))
         running = launched
@@ -102,9 +110,11 @@ def check_labelled(
 def _encode_batch(apply_fn: ApplyFn, placement: Placement, params: PyTree, *arrays: Any) -> PyTree:
     """The rows of a batch on all devices, the outputs replicated."""
 
-    def rows(params: PyTree, images: jax.Array, mean_C: jax.Array, std_C: jax.Array) -> PyTree:
+    def rows(params: PyTree, batch: Any, mean_C: jax.Array, std_C: jax.Array) -> PyTree:
+        images, *positions = batch
         scaled = images.astype(jnp.float32) / 255.0
-        return apply_fn(params, (scaled - mean_C[None, None, None]) / std_C[None, None, None])
+        normalised = (scaled - mean_C[None, None, None]) / std_C[None, None, None]
+        return apply_fn(params, normalised, *positions)
 
     split, replicated = placement.rows().spec, placement.replicated.spec
     spread = jax.shard_map(

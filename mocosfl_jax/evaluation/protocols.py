@@ -1,15 +1,19 @@
 """The data that the protocols of a run need: labelled splits, and their features."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from mocosfl_jax.config import Resolved
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.federated.placement import Placement
-from mocosfl_jax.models.split import SplitModel, Variables
+from mocosfl_jax.models.split import Encoded, SplitModel, Variables
+from mocosfl_jax.privacy.release import Release
+from mocosfl_jax.randomness import Stream, device_key
 
 
 class LabelledImages(NamedTuple):
@@ -66,15 +70,20 @@ def encode_splits(
     data: EvaluationData,
     placement: Placement | None = None,
     before_batch: Callable[[], None] | None = None,
+    drawn: Release | None = None,
 ) -> Splits:
     """Encodes train and test images once, unaugmented, on the devices of the placement.
 
-    Args: before_batch: called before each batch; may raise to end the work.
+    Args:
+      before_batch: called before each batch; may raise to end the work.
+      drawn: what is done to latents in training, if it is to be done here too, each image with a
+        draw of its own.
     """
+    apply_fn = model.encode if drawn is None else DrawnEncoder(model, drawn, config.seed)
 
-    def run(split: LabelledImages) -> Features:
+    def run(split: LabelledImages, first_row: int) -> Features:
         features, embedding = encode(
-            model.encode,
+            apply_fn,
             variables,
             split.images,
             config.mean,
@@ -82,7 +91,26 @@ def encode_splits(
             config.eval_batch_size,
             placement,
             before_batch,
+            None if drawn is None else first_row,
         )
         return Features(features, embedding, split.labels)
 
-    return Splits(run(data.train), run(data.test))
+    return Splits(run(data.train, 0), run(data.test, len(data.train.images)))
+
+
+@dataclass(frozen=True)
+class DrawnEncoder:
+    """The network with all that is done to latents in training. seed: of the run."""
+
+    model: SplitModel
+    release: Release
+    seed: int
+
+    def __call__(
+        self, variables: Variables, images_BHWC: jax.Array, positions_B: jax.Array
+    ) -> Encoded:
+        key = device_key(self.seed, Stream.RELEASE)
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, positions_B)
+        latents = self.model.latents(variables.client, images_BHWC)
+        sent = jax.vmap(lambda x, key: self.release(x[None], key)[0])(latents, keys_B)
+        return self.model.encode_sent(variables, sent)

@@ -40,6 +40,7 @@ class Batch(NamedTuple):
     weight: (C,) float32, of each slot in an average; 0 for padding slots.
     sync: () bool, whether the step ends with an average of the clients.
     rate_factor: () float32, of the schedule, on all learning rates.
+    progress: () float32, the share of the training's steps that are done.
     keys: (C,) PRNG keys, functions of seed, step and client.
     normalisation: what the views were normalised with.
     """
@@ -50,6 +51,7 @@ class Batch(NamedTuple):
     weight: jax.Array
     sync: jax.Array
     rate_factor: jax.Array
+    progress: jax.Array
     keys: jax.Array
     normalisation: Normalisation
 
@@ -89,8 +91,9 @@ class StepResult(NamedTuple):
 class Message(NamedTuple):
     """What one client and the server exchange.
 
-    name: for people. up: from the client to the server, else down. when: `step`, or `sync`: each
-    average. content: pytree of `jax.ShapeDtypeStruct`, its size on the wire.
+    name: for people. up: from the client to the server, else down. when: `step`, `sync` (each
+    average) or `once`, before a client's first round. content: pytree of `jax.ShapeDtypeStruct`,
+    its size on the wire.
     """
 
     name: str
@@ -109,6 +112,8 @@ class Method(Protocol):
     labels: whether a step takes labels.
     chunks: equal parts of a device's slots that a step takes one after another; the loop pads the
       cohort to a multiple of devices x chunks.
+    chance: the metric `loss` of a network that gives all images the same embedding; None: the loss
+      has no such value. The loop stops a run that stays there for a round.
     """
 
     @property
@@ -121,9 +126,14 @@ class Method(Protocol):
     def labels(self) -> bool: ...
     @property
     def chunks(self) -> int: ...
+    @property
+    def chance(self) -> float | None: ...
 
     def init(self, params_key: jax.Array, state_key: jax.Array) -> Tree:
         """The server before the first step. state_key: for what is random but no parameter."""
+
+    def start(self, server: Tree, variables: Variables) -> Tree:
+        """The server of `init` with these parameters in every model; all else stays as it is."""
 
     def own(self, server: Tree, key: jax.Array) -> Tree:
         """What one client keeps before its first round. key: the client's own."""
@@ -155,6 +165,12 @@ class Method(Protocol):
 
     def traffic(self, images: jax.ShapeDtypeStruct) -> tuple[Message, ...]:
         """What one client exchanges in a step and at a sync. images: of a step, (B, S, S, 3)."""
+
+    def sent(self, participant: Tree, images: jax.Array, key: jax.Array) -> jax.Array | None:
+        """The latents that a participant sends of its images in a step; None: it sends none.
+
+        Args: images: normalised, (B, S, S, 3) float32. key: for what is random in them.
+        """
 
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
         """Shapes of what exists beside the state within a step, for the estimate of memory.

@@ -57,13 +57,14 @@ class Program:
     """What a dispatch computes, fixed for a run; hashable.
 
     method: the step. augment: of the views. learning_rate: at the start, as it is logged.
-    schedule: factor on all rates, a function of the step as a float.
+    schedule: factor on all rates, a function of the step as a float. total_steps: of the training.
     """
 
     method: Method
     augment: AugmentConfig
     learning_rate: float
     schedule: optax.Schedule
+    total_steps: int
 
 
 def run_dispatch(
@@ -109,6 +110,7 @@ def _batch(
         weight=step.weight,
         sync=step.sync,
         rate_factor=factor,
+        progress=state.step.astype(jnp.float32) / program.total_steps,
         keys=_client_keys(constants.method_key, state),
         normalisation=constants.normalisation,
     )

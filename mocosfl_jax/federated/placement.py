@@ -25,10 +25,12 @@ from mocosfl_jax.federated.population import gather, scatter
 from mocosfl_jax.federated.state import (
     TrainState,
     begin_round,
+    create_server,
     end_round,
     populate,
     without_cohort,
 )
+from mocosfl_jax.models.split import Variables
 
 ROWS = ("clients", "server")
 """Names of the mesh axes; `server` is the one over which server parameters may be sharded."""
@@ -128,12 +130,13 @@ class Placement:
         state_key: jax.Array,
         num_clients: int,
         slots: int,
+        loaded: Variables | None = None,
     ) -> TrainState:
         """`create_state` on the mesh, to be jitted: sharded leaves have `population_rows`.
 
         Args: as `create_state`; slots: a multiple of the devices.
         """
-        server = method.init(params_key, state_key)
+        server = create_server(method, params_key, state_key, loaded)
         keys_N = jax.random.split(state_key, num_clients)
         state = without_cohort(server, self._populate(method, server, keys_N), slots)
         return self.begin(method, state)(state, state.cohort_ids)

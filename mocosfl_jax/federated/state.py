@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mocosfl_jax.federated.contract import Method, Tree
 from mocosfl_jax.federated.population import gather, scatter
+from mocosfl_jax.models.split import Variables
 
 PADDING = 2**31 - 1
 """Client id of a padding slot; no client has it, nor any row that pads the population."""
@@ -32,7 +33,12 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def create_state(
-    method: Method, params_key: jax.Array, state_key: jax.Array, num_clients: int, slots: int
+    method: Method,
+    params_key: jax.Array,
+    state_key: jax.Array,
+    num_clients: int,
+    slots: int,
+    loaded: Variables | None = None,
 ) -> TrainState:
     """The state before the first step; the cohort is a placeholder until `begin_round`.
 
@@ -40,11 +46,34 @@ def create_state(
       params_key, state_key: see `Method.init`; each client's own key is split from `state_key`.
       num_clients: N.
       slots: C.
+      loaded: see `create_server`.
     """
-    server = method.init(params_key, state_key)
+    server = create_server(method, params_key, state_key, loaded)
     population = populate(method, server, jax.random.split(state_key, num_clients))
     state = without_cohort(server, population, slots)
     return begin_round(method, state, state.cohort_ids)
+
+
+def create_server(
+    method: Method,
+    params_key: jax.Array,
+    state_key: jax.Array,
+    loaded: Variables | None = None,
+) -> Tree:
+    """The server's state before the first step.
+
+    Args: loaded: of a trained network, to start from; leaves that are None start at random.
+    """
+    server = method.init(params_key, state_key)
+    if loaded is None:
+        return server
+    network = jax.tree.map(
+        lambda old, new: old if new is None else new,
+        method.network(server, None),
+        loaded,
+        is_leaf=lambda x: x is None,
+    )
+    return method.start(server, network)
 
 
 def populate(method: Method, server: Tree, keys_N: jax.Array) -> Tree:

@@ -24,9 +24,13 @@ class WholeNetwork:
     views: ClassVar[int] = 2
     labels: ClassVar[bool] = False
     chunks: ClassVar[int] = 1
+    chance: ClassVar[float | None] = None
 
     def init(self, params_key: jax.Array, state_key: jax.Array) -> Any:
         return self.model.init(params_key)
+
+    def start(self, server: Any, variables: Variables) -> Any:
+        return variables
 
     def network(self, server: Any, cohort: Tree | None) -> Variables:
         """That of the last sync, also in the middle of a round."""
@@ -42,6 +46,9 @@ class WholeNetwork:
             Message("network", True, "sync", network),
             Message("average of networks", False, "sync", network),
         )
+
+    def sent(self, participant: Tree, images: jax.Array, key: jax.Array) -> None:
+        """Images are never sent, in whatever form."""
 
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
         """What a backward pass through the views of each slot's images keeps, and two networks of

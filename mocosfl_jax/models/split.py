@@ -1,5 +1,6 @@
 """A network cut in two: what a client runs, and what the server runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -39,12 +40,16 @@ class SplitModel:
 
     Server parameters are one tree: the server's units by name, and `head`. `stats` are the running
     statistics of a BatchNorm head, an empty dict for the other heads.
+
+    release: what evaluation does to latents before the server sees them, (B, h, w, c) to the same
+      shape; None: nothing. It takes no part in `latents`.
     """
 
     client: ClientNet
     server: ServerNet
     head: Head
     image_size: int
+    release: Callable[[jax.Array], jax.Array] | None = None
 
     def init(self, key: jax.Array) -> Variables:
         """Random variables, initialised as docs/method.md says."""
@@ -58,7 +63,7 @@ class SplitModel:
         return Variables(client, {**server, "head": head["params"]}, head.get("batch_stats", {}))
 
     def latents(self, client_params: Params, images_BHWC: jax.Array) -> jax.Array:
-        """What one client sends: (B, h, w, c) of normalised float32 images (B, H, W, 3)."""
+        """What a client makes, (B, h, w, c), of normalised float32 images (B, H, W, 3)."""
         return cast(jax.Array, self.client.apply({"params": client_params}, images_BHWC))
 
     def features(self, server_params: Params, latents_RHWC: jax.Array) -> jax.Array:
@@ -85,8 +90,12 @@ class SplitModel:
     def encode(self, variables: Variables, images_BHWC: jax.Array) -> Encoded:
         """The whole network in evaluation, of normalised float32 images (B, H, W, 3)."""
         latents = self.latents(variables.client, images_BHWC)
-        features = self.features(variables.server, latents)
-        rows = jnp.ones(images_BHWC.shape[0], bool)
+        return self.encode_sent(variables, self.release(latents) if self.release else latents)
+
+    def encode_sent(self, variables: Variables, latents_BHWC: jax.Array) -> Encoded:
+        """The server's part in evaluation, of what it was sent, (B, h, w, c)."""
+        features = self.features(variables.server, latents_BHWC)
+        rows = jnp.ones(latents_BHWC.shape[0], bool)
         embedding, _ = self.embed(variables.server, variables.stats, features, rows, train=False)
         return Encoded(features, embedding)
 
@@ -100,6 +109,7 @@ def build_model(
     head_width: int,
     image_size: int,
     row_axes: tuple[str, ...] = (),
+    release: Callable[[jax.Array], jax.Array] | None = None,
 ) -> SplitModel:
     """The split network of a resolved config (see `mocosfl_jax.config` for the fields).
 
@@ -109,6 +119,7 @@ def build_model(
       bottleneck: parsed shape, or None.
       image_size: side of the square input, in pixels.
       row_axes: mesh axes over which server rows are spread, none without a mesh.
+      release: see `SplitModel`.
     """
     dtype = jnp.dtype(network.compute_dtype)
     units = units_of(network, image_size)
@@ -120,4 +131,5 @@ def build_model(
         server=ServerNet(units[cut:], cut, bottleneck, channels, dtype),
         head=Head(head_width, hidden, shape.batch_norm, dtype, row_axes),
         image_size=image_size,
+        release=release,
     )

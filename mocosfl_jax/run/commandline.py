@@ -1,4 +1,4 @@
-"""The flags of a run's command line, and how command lines of runs and sweeps are read."""
+"""The flags of a run's command line, and how all command lines are read."""
 
 import itertools
 import re
@@ -40,7 +40,7 @@ def define_common_flags(values: flags.FlagValues) -> None:
 
 
 def parse(values: flags.FlagValues, argv: list[str], config_name: str = "--config") -> None:
-    """Fills flags, `config` and `help` among them, and loads the config file.
+    """Fills flags, `help` among them, and loads the config file if `config` is one of them.
 
     `--config.FIELD=None` unsets a field.
 
@@ -51,12 +51,14 @@ def parse(values: flags.FlagValues, argv: list[str], config_name: str = "--confi
     Raises: InputError: a flag or field that does not exist, a value of another type, a config file
     that cannot be loaded, words that are no flags.
     """
-    values["config"].parser = _ConfigFile(config_name)
+    if "config" in values:
+        values["config"].parser = _ConfigFile(config_name)
     kept, unset = _split_unset(argv)
     try:
         rest = values(kept)
-        for field in unset if values.config is not None else ():
-            config_path.set_value(field, values.config, None)
+        for field in unset:
+            if values.config is not None:
+                config_path.set_value(field, values.config, None)
     except Exception as error:
         if isinstance(error.__context__, InputError):  # absl turned it into an error of its own
             raise error.__context__ from None

@@ -3,13 +3,15 @@
 from collections.abc import Callable
 
 from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.defences import release_of
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.evaluation.knn import knn_top1
-from mocosfl_jax.evaluation.linear_probe import Labelled, linear_probe
+from mocosfl_jax.evaluation.linear_probe import Labelled, ProbeResult, linear_probe
 from mocosfl_jax.evaluation.protocols import EvaluationData, Splits, encode_splits, evaluation_data
 from mocosfl_jax.evaluation.raw_pixels import raw_pixel_top1
 from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.models.split import SplitModel, Variables
+from mocosfl_jax.privacy.release import Release
 from mocosfl_jax.run.metrics import Metrics
 from mocosfl_jax.run.progress import Progress
 
@@ -45,7 +47,7 @@ class Evaluator:
 
     def final(self, variables: Variables, step: int) -> Results:
         """kNN and linear probe of the last model, features encoded once, and kNN of the images
-        themselves."""
+        themselves; kNN and probe once more with what defences draw, if they draw."""
         results: Results = dict.fromkeys(
             ("knn_top1", "linear_top1", "linear_top1_best_test_epoch", "knn_top1_raw_pixels")
         )
@@ -65,29 +67,50 @@ class Evaluator:
             before_batch=self._check_stop,
         )
         if config.probe_epochs:
-            result = linear_probe(
-                Labelled(splits.train.features, splits.train.labels),
-                Labelled(splits.test.features, splits.test.labels),
-                data.num_classes,
-                seed=config.seed,
-                learning_rate=config.probe_learning_rate,
-                batch_size=config.probe_batch_size,
-                epochs=config.probe_epochs,
-                before_epoch=self._check_stop,
-            )
+            result = self._probe(splits, data)
             results["linear_top1"] = result.top1_last
             results["linear_top1_best_test_epoch"] = result.top1_best_test_epoch
             self._metrics.add(step, linear_top1=result.top1_last)
+        release = release_of(config)
+        if release is not None and release.draws:
+            results |= self._released(self._encoded(variables, data, release), data)
         return results
 
-    def _encoded(self, variables: Variables, data: EvaluationData) -> Splits:
+    def _released(self, splits: Splits, data: EvaluationData) -> Results:
+        """Accuracies on what the server would be sent."""
+        probe = self._probe(splits, data).top1_last if self._config.probe_epochs else None
+        return {"knn_top1_released": self._knn_top1(splits, data), "linear_top1_released": probe}
+
+    def _encoded(
+        self, variables: Variables, data: EvaluationData, drawn: Release | None = None
+    ) -> Splits:
         return encode_splits(
-            self._config, self._model, variables, data, self._placement, self._check_stop
+            self._config, self._model, variables, data, self._placement, self._check_stop, drawn
+        )
+
+    def _probe(self, splits: Splits, data: EvaluationData) -> ProbeResult:
+        config = self._config
+        return linear_probe(
+            Labelled(splits.train.features, splits.train.labels),
+            Labelled(splits.test.features, splits.test.labels),
+            data.num_classes,
+            seed=config.seed,
+            learning_rate=config.probe_learning_rate,
+            batch_size=config.probe_batch_size,
+            epochs=config.probe_epochs,
+            before_epoch=self._check_stop,
         )
 
     def _knn(self, splits: Splits, data: EvaluationData, step: int) -> float:
+        """kNN of the encoder, logged."""
+        top1 = self._knn_top1(splits, data)
+        self._metrics.add(step, knn_top1=top1)
+        self._progress.say(f"step {step} of {self._config.total_steps}: kNN {top1:.2f} %")
+        return top1
+
+    def _knn_top1(self, splits: Splits, data: EvaluationData) -> float:
         """Weighted kNN on normalised head outputs; the bank is the train split."""
-        top1 = knn_top1(
+        return knn_top1(
             splits.test.embedding,
             splits.test.labels,
             splits.train.embedding,
@@ -98,6 +121,3 @@ class Evaluator:
             placement=self._placement,
             before_chunk=self._check_stop,
         )
-        self._metrics.add(step, knn_top1=top1)
-        self._progress.say(f"step {step} of {self._config.total_steps}: kNN {top1:.2f} %")
-        return top1

@@ -7,9 +7,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.data import mixed_partition_of
 from mocosfl_jax.data.cohort import CohortSampler, round_batches
-from mocosfl_jax.data.partition import ClientImages
+from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.data.partition import ClientImages, Partition
 from mocosfl_jax.federated.state import PADDING
+from mocosfl_jax.randomness import Stream
 
 Item = TypeVar("Item")
 Placed = TypeVar("Placed")
@@ -19,15 +22,17 @@ class Dispatch(NamedTuple):
     """Steps [step, step + S) of a run; NumPy arrays over the slots C', of which the first C have a
     client and the rest are padding.
 
-    cohort: (C',) int32 client ids, `PADDING` for padding. image_ids: (S, C', B) int32. mask:
-    (S, C', B) bool, False for padding. sync: (S,) bool. weight: (C',) float32, 0 for padding.
-    begins_round, ends_round: whether it is the first or the last dispatch of round `round`.
+    cohort: (C',) int32 client ids, `PADDING` for padding. image_ids: (S, C', B) int32. mixed_ids:
+    (S, C', M) int32, images of the second data set, M = 0 without one. mask: (S, C', B + M) bool,
+    False for padding. sync: (S,) bool. weight: (C',) float32, 0 for padding. begins_round,
+    ends_round: whether it is the first or the last dispatch of round `round`.
     """
 
     round: int
     step: int
     cohort: np.ndarray
     image_ids: np.ndarray
+    mixed_ids: np.ndarray
     mask: np.ndarray
     sync: np.ndarray
     weight: np.ndarray
@@ -36,7 +41,12 @@ class Dispatch(NamedTuple):
 
 
 def dispatches(
-    config: Resolved, partition: ClientImages, sampler: CohortSampler, slots: int, start_step: int
+    config: Resolved,
+    partition: ClientImages,
+    sampler: CohortSampler,
+    slots: int,
+    start_step: int,
+    mixed: Partition | None = None,
 ) -> Iterator[Dispatch]:
     """All dispatches from a step on; a function of the config and the step alone.
 
@@ -47,19 +57,20 @@ def dispatches(
       partition, sampler: who holds which images, and who is drawn.
       slots: C', at least the cohort.
       start_step: steps taken before.
+      mixed: who holds which images of the second data set; None: there is none.
     """
     size = config.steps_per_dispatch
     sync_steps = np.array(config.sync_steps)
+    by_size = config.sync_weights == "size"
     padding = [(0, slots - config.cohort_size)]
     first_round, offset = divmod(start_step, config.steps_per_round)
     for round_ in range(first_round, config.rounds):
         drawn = sampler.draw(round_)
-        image_ids, mask = round_batches(
-            partition, drawn, round_, config.seed, config.batch_size, config.steps_per_round
+        image_ids, mixed_ids, mask = (
+            np.pad(x, [(0, 0), *padding, (0, 0)])
+            for x in _round_of(config, partition, mixed, drawn, round_)
         )
-        image_ids = np.pad(image_ids, [(0, 0), *padding, (0, 0)])
-        mask = np.pad(mask, [(0, 0), *padding, (0, 0)])
-        weight = partition.sizes[drawn] if config.sync_weights == "size" else np.ones(len(drawn))
+        weight = _sizes(partition, mixed, drawn) if by_size else np.ones(len(drawn))
         cohort = np.pad(drawn, padding, constant_values=PADDING)
         for start in range(offset, config.steps_per_round, size):
             steps = slice(start, min(start + size, config.steps_per_round))
@@ -68,6 +79,7 @@ def dispatches(
                 step=round_ * config.steps_per_round + start,
                 cohort=cohort,
                 image_ids=image_ids[steps],
+                mixed_ids=mixed_ids[steps],
                 mask=mask[steps],
                 sync=sync_steps[steps],
                 weight=np.pad(weight, padding).astype(np.float32),
@@ -75,6 +87,44 @@ def dispatches(
                 ends_round=steps.stop == config.steps_per_round,
             )
         offset = 0
+
+
+def most_draws(config: Resolved, info: DatasetInfo, partition: ClientImages) -> int:
+    """How often the most often drawn image is drawn in the whole run; it takes a while."""
+    mixed = mixed_partition_of(config, info)
+    sampler = CohortSampler(partition, config.cohort_size, config.seed)
+    draws, mixed_draws = np.zeros(info.num_train, int), np.zeros(info.num_mixed, int)
+    for round_ in range(config.rounds):
+        ids, mixed_ids, mask = _round_of(config, partition, mixed, sampler.draw(round_), round_)
+        first, second = np.split(mask, [ids.shape[-1]], axis=-1)
+        draws += np.bincount(ids[first], minlength=info.num_train)
+        mixed_draws += np.bincount(mixed_ids[second], minlength=info.num_mixed)
+    return int(max(draws.max(), mixed_draws.max(initial=0)))
+
+
+def _round_of(
+    config: Resolved,
+    partition: ClientImages,
+    mixed: Partition | None,
+    cohort: np.ndarray,
+    round_: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image ids, ids of the second data set and the mask of both, for all steps of a round."""
+    seed, steps = config.seed, config.steps_per_round
+    ids, mask = round_batches(partition, cohort, round_, seed, config.batch_size, steps)
+    if mixed is None:
+        return ids, ids[..., :0], mask
+    rows = config.images_a_step - config.batch_size
+    mixed_ids, mixed_mask = round_batches(
+        mixed, cohort, round_, seed, rows, steps, Stream.MIXTURE_ORDER
+    )
+    return ids, mixed_ids, np.concatenate([mask, mixed_mask], axis=-1)
+
+
+def _sizes(partition: ClientImages, mixed: Partition | None, cohort: np.ndarray) -> np.ndarray:
+    """Images of each of these clients, (C,)."""
+    sizes = partition.sizes[cohort]
+    return sizes if mixed is None else sizes + mixed.sizes[cohort]
 
 
 def prefetch(items: Iterator[Item], place: Callable[[Item], Placed]) -> Iterator[Placed]:

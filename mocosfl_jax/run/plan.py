@@ -92,7 +92,8 @@ class Plan:
 
     client_params, server_params: numbers of parameters, the head with the server.
     bytes_up_per_client_round, bytes_down_per_client_round: what a participant sends and receives in
-      a round of `steps_per_round` full batches (`Method.traffic`).
+      a round of `steps_per_round` full batches (`Method.traffic`). bytes_down_per_client_once: what
+      it receives before its first round.
     state_bytes: the training state. step_bytes: what exists beside it within a step.
     """
 
@@ -100,6 +101,7 @@ class Plan:
     server_params: int
     bytes_up_per_client_round: int
     bytes_down_per_client_round: int
+    bytes_down_per_client_once: int
     state_bytes: int
     step_bytes: int
 
@@ -110,17 +112,18 @@ def plan(config: Resolved) -> Plan:
     state = _state_shapes(config, method)
     network = jax.eval_shape(lambda: method.network(state.server, None))
     traffic = method.traffic(_images(config))
-    times = {"step": config.steps_per_round, "sync": sum(config.sync_steps)}
+    a_round = {"step": config.steps_per_round, "sync": sum(config.sync_steps), "once": 0}
 
-    def bytes_a_round(up: bool) -> int:
+    def sent(up: bool, times: dict[str, int]) -> int:
         return sum(times[m.when] * _bytes(m.content) for m in traffic if m.up == up)
 
     slots = -(-config.cohort_size // method.chunks)
     return Plan(
         client_params=_count(network.client),
         server_params=_count(network.server),
-        bytes_up_per_client_round=bytes_a_round(up=True),
-        bytes_down_per_client_round=bytes_a_round(up=False),
+        bytes_up_per_client_round=sent(True, a_round),
+        bytes_down_per_client_round=sent(False, a_round),
+        bytes_down_per_client_once=sent(False, {"step": 0, "sync": 0, "once": 1}),
         state_bytes=_bytes(state),
         step_bytes=_bytes(method.working_set(_images(config), slots)),
     )
@@ -137,13 +140,13 @@ def estimate_memory(config: Resolved, info: DatasetInfo, sizes: Plan) -> Memory:
     model = model_of(config)
     variables = jax.eval_shape(model.init, jax.random.key(0))
     pixels = 3 * info.image_size**2
-    rows_a_dispatch = config.steps_per_dispatch * config.cohort_size * config.batch_size
+    rows_a_dispatch = config.steps_per_dispatch * config.cohort_size * config.images_a_step
     evaluated = info.labelled and info.num_test > 0
     encoded, evaluation = _evaluation_bytes(config, info, model, variables) if evaluated else (0, 0)
     return Memory(
         process=PROCESS,
         compiler=COMPILER + COMPILER_A_CONVOLUTION * _convolutions(variables),
-        images=(info.num_train + info.num_test) * pixels,
+        images=(info.num_train + info.num_test + info.num_mixed) * pixels,
         state=sizes.state_bytes,
         saved_copy=sizes.state_bytes,
         inputs=2 * rows_a_dispatch * pixels,
@@ -198,7 +201,7 @@ def check_clients_fit(config: Resolved, memory_bytes: int) -> None:
 
 
 def _images(config: Resolved) -> jax.ShapeDtypeStruct:
-    shape = (config.batch_size, config.image_size, config.image_size, 3)
+    shape = (config.images_a_step, config.image_size, config.image_size, 3)
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
@@ -241,7 +244,7 @@ def _largest_map(model: SplitModel, variables: Variables, config: Resolved) -> i
     latents, client = outputs(model.client, variables.client, _images(config))
     _, server = outputs(model.server, variables.server, latents)
     layers = jax.tree.leaves((client, server))
-    return max(_bytes(layer) for layer in layers) // config.batch_size
+    return max(_bytes(layer) for layer in layers) // config.images_a_step
 
 
 def _convolutions(variables: Variables) -> int:

@@ -26,14 +26,18 @@ def program_of(config: Resolved, placement: Placement | None = None) -> Program:
         augment=augment,
         learning_rate=config.learning_rate,
         schedule=rate_schedule(config.schedule, config.total_steps),
+        total_steps=config.total_steps,
     )
 
 
 def check_labels(config: Resolved, program: Program, info: DatasetInfo) -> None:
-    """Raises: InputError: the method takes labels, and the data set has none.
+    """Raises: InputError: the method takes labels, and the data set, or a second one, has none.
 
     Args: config: of the program. info: of its data set.
     """
     if program.method.labels and not info.labelled:
         allowed = f"it takes labels, which the images of {config.dataset} do not have"
         raise InputError("config.method", config.method, allowed)
+    if program.method.labels and config.mix_dataset is not None:
+        allowed = f"labels of a second data set are not used, and {config.method!r} takes labels"
+        raise InputError("config.mix_dataset", config.mix_dataset, allowed)

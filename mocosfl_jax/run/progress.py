@@ -6,6 +6,8 @@ import time
 from tqdm import tqdm
 
 from mocosfl_jax.config import Resolved
+from mocosfl_jax.data.dataset import Dataset, DatasetInfo
+from mocosfl_jax.data.partition import ClientImages, describe
 
 SECONDS_BETWEEN_LINES = 20.0
 
@@ -62,3 +64,21 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def describe_data(progress: Progress, partition: ClientImages, dataset: Dataset) -> None:
+    """Says what was read, and who holds it."""
+    info = dataset.info
+    progress.say(f"data: {info.num_train:,} training and {info.num_test:,} test images{_of(info)}")
+    if info.num_mixed:
+        progress.say(f"mixed in: {info.num_mixed:,} training images of a second data set")
+    facts = describe(partition, dataset.train.labels, dataset.info.num_classes)
+    progress.say("partition: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
+
+
+def _of(info: DatasetInfo) -> str:
+    """What is known of the classes, and of where the test images come from."""
+    names = info.class_names or ()
+    shown = f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else ""
+    classes = f" of {info.num_classes} classes{shown}" if info.num_classes else ", without labels"
+    return f"{classes}; the test images are held out" if info.held_out else classes

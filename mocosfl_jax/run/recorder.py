@@ -20,6 +20,14 @@ class NonFiniteError(ArithmeticError):
     """Training diverged; the message names the step."""
 
 
+class CollapseError(ArithmeticError):
+    """All images have got the same embedding; the message names the round."""
+
+
+AT_CHANCE = 1e-3
+"""Part of the loss at chance by which that of a collapsed network may differ."""
+
+
 class _Pending(NamedTuple):
     """A dispatch that may still run. ready: when all of its outputs were there, monotonic."""
 
@@ -35,8 +43,12 @@ class Recorder:
     thread waits for: the loop itself may be held up by launching the next one.
     """
 
-    def __init__(self, metrics: Metrics, clock: Clock, progress: Progress):
+    def __init__(
+        self, metrics: Metrics, clock: Clock, progress: Progress, chance: float | None = None
+    ):
+        """Args: chance: `Method.chance`."""
         self._metrics, self._clock, self._progress = metrics, clock, progress
+        self._chance, self._at_chance, self._collapsed = chance, False, ""
         self._watch = ThreadPoolExecutor(max_workers=1)
         self._pending: _Pending | None = None
         self._lap = time.monotonic()
@@ -81,8 +93,27 @@ class Recorder:
                 learning_rate=float(rate),
                 images_per_second=images / seconds,
             )
-        last_loss = metrics.get("loss", {}).get(len(rates) - 1)
-        self._progress.advance(len(rates), last_loss, images / seconds)
+        losses = metrics.get("loss", {})
+        self._note_losses(dispatch, [losses.get(index) for index in range(len(rates))])
+        self._progress.advance(len(rates), losses.get(len(rates) - 1), images / seconds)
+
+    def check(self) -> None:
+        """Raises: CollapseError: the loss was at chance in every step of a settled round."""
+        if self._collapsed:
+            raise CollapseError(self._collapsed)
+
+    def _note_losses(self, dispatch: Dispatch, losses: list[float | None]) -> None:
+        """Args: losses: of each step of the dispatch."""
+        chance = self._chance
+        if chance is None:
+            return
+        here = all(x is not None and abs(x - chance) <= AT_CHANCE * chance for x in losses)
+        self._at_chance = here and (self._at_chance or dispatch.begins_round)
+        if self._at_chance and dispatch.ends_round:
+            self._collapsed = (
+                f"the loss was {chance:.4f}, that of chance, in every step of round"
+                f" {dispatch.round}: the network has collapsed"
+            )
 
     def close(self) -> None:
         self._watch.shutdown()

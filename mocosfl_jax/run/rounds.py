@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mocosfl_jax.config import Resolved
-from mocosfl_jax.data.dataset import Split
+from mocosfl_jax.data.dataset import Dataset, Split
 from mocosfl_jax.federated.contract import Normalisation, Tree
 from mocosfl_jax.federated.dispatch import Constants, Images, Program
 from mocosfl_jax.federated.placement import Placement
@@ -34,26 +34,34 @@ def run_constants(config: Resolved, placement: Placement) -> Constants:
 
 
 def place_inputs(
-    placement: Placement, split: Split, labels: bool, dispatch: Dispatch
+    placement: Placement, dataset: Dataset, labels: bool, dispatch: Dispatch
 ) -> tuple[Dispatch, jax.Array, Images]:
     """The dispatch with its cohort ids and inputs on the devices.
 
     Args:
-      split: the training images; a process gathers those of its own devices' slots.
+      dataset: its training images; a process gathers those of its own devices' slots.
       labels: whether the method takes labels.
     """
-    ids, slots, steps = dispatch.image_ids, placement.rows(0), placement.rows(1)
-    images = split.images
+    slots, steps = placement.rows(0), placement.rows(1)
+    shape = (*dispatch.mask.shape, *dataset.train.images.shape[1:])
     inputs = Images(
-        images=placement.put(
-            (*ids.shape, *images.shape[1:]), steps, lambda index: images[ids[index[:3]]]
-        ),
+        images=placement.put(shape, steps, lambda index: _images(dataset, dispatch, index[:2])),
         mask=placement.put_array(dispatch.mask, steps),
         sync=placement.put_array(dispatch.sync, placement.replicated),
         weight=placement.put_array(dispatch.weight, slots),
-        labels=placement.put_array(_labels(split, ids), steps) if labels else None,
+        labels=placement.put_array(_labels(dataset.train, dispatch.image_ids), steps)
+        if labels
+        else None,
     )
     return dispatch, placement.put_array(dispatch.cohort, slots), inputs
+
+
+def _images(dataset: Dataset, dispatch: Dispatch, place: tuple[slice, ...]) -> np.ndarray:
+    """The images of some steps and slots, those of the second data set last."""
+    images = dataset.train.images[dispatch.image_ids[place]]
+    if dataset.mixed is None:
+        return images
+    return np.concatenate([images, dataset.mixed.images[dispatch.mixed_ids[place]]], axis=2)
 
 
 def _labels(split: Split, ids: np.ndarray) -> np.ndarray:
@@ -86,9 +94,11 @@ class Rounds:
 
     # ---------------------------------------------------------------------- start, save, restore
 
-    def initial_state(self) -> TrainState:
-        """The state before the first step, from the seed."""
-        state = jax.jit(self._initial, out_shardings=self._shardings)()
+    def initial_state(self, loaded: Variables | None = None) -> TrainState:
+        """The state before the first step, from the seed and what is loaded (`create_server`)."""
+        put = partial(self._placement.put_array, sharding=self._placement.replicated)
+        loaded = jax.tree.map(put, loaded)
+        state = jax.jit(self._initial, out_shardings=self._shardings)(loaded)
         return jax.tree.map(jnp.copy, state)  # equal parts share buffers, which donation forbids
 
     def unpadded(self, state: TrainState) -> TrainState:
@@ -147,10 +157,10 @@ class Rounds:
 
     # ----------------------------------------------------------------------------------- padding
 
-    def _initial(self) -> TrainState:
+    def _initial(self, loaded: Variables | None = None) -> TrainState:
         """With padding; pure."""
         return self._placement.create(
-            self._method, *self._keys(), self._config.num_clients, self.slots
+            self._method, *self._keys(), self._config.num_clients, self.slots, loaded
         )
 
     def _unpadded_initial(self) -> TrainState:

@@ -8,13 +8,14 @@ import jax
 from tqdm import tqdm
 
 from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.recipe import Facts
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.numbers import NUMBERS, TOP1, Number
 from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.machine import peak_memory_bytes, versions
 from mocosfl_jax.run.checkpoint import Clock
-from mocosfl_jax.run.plan import plan
+from mocosfl_jax.run.plan import Plan, plan
 from mocosfl_jax.run.storage import read_json
 
 Summary = dict[str, Any]
@@ -29,6 +30,7 @@ def summarize(
     dataset: Dataset,
     placement: Placement,
     gaps: list[list[int]],
+    facts: Facts,
 ) -> Summary:
     """The summary of a finished run; `NUMBERS` has the units of its numbers.
 
@@ -44,6 +46,7 @@ def summarize(
       dataset: its number of test images is reported.
       placement: its number of devices is reported.
       gaps: first and last step of each range that metrics.jsonl lacks.
+      facts: what the method says of the run.
     """
     sizes = plan(config)
     pace = clock.trained_images / clock.train_seconds if clock.train_seconds else None
@@ -67,12 +70,21 @@ def summarize(
         "server_params": sizes.server_params,
         "bytes_up_per_client_round": sizes.bytes_up_per_client_round,
         "bytes_down_per_client_round": sizes.bytes_down_per_client_round,
+        **_once(sizes),
+        **facts.values,
+        **({"notes": list(facts.notes)} if facts.notes else {}),
         "seed": config.seed,
         "device": jax.devices()[0].device_kind,
         "devices": placement.devices,
         "processes": jax.process_count(),
         "versions": versions(),
     }
+
+
+def _once(sizes: Plan) -> Summary:
+    """What a client receives before its first round, if anything."""
+    down = sizes.bytes_down_per_client_once
+    return {"bytes_down_per_client_once": down} if down else {}
 
 
 def read_summary(path: Path) -> Summary:
@@ -101,17 +113,18 @@ def standard_error(top1: float, images: int) -> float:
 
 
 def results_table(summary: Summary) -> str:
-    """The end of a run in a few lines, the most important number last."""
+    """The end of a run in a few lines: the most important number last, then notes on them."""
     lines = [f"{summary['steps']} steps in {tqdm.format_interval(summary['wall_seconds'])}"]
     if summary.get("images_per_second"):
         lines[0] += f", {summary['images_per_second']:.0f} images/s"
     rows = [number for number in reversed(NUMBERS.values()) if number.in_table]
-    width = max(len(number.label) for number in rows)
     rows = [number for number in rows if summary.get(number.name) is not None]
+    width = max((len(number.label) for number in rows), default=0)
     if any(number.is_accuracy for number in rows):
         lines.append(f"{TOP1} ± standard error, {summary['test_images']:,} test images:")
     for number in rows:
         lines.append(f"  {number.label:<{width}}  {_shown(number, summary)}")
+    lines += summary.get("notes", [])
     return "\n".join(lines)
 
 

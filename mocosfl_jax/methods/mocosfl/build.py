@@ -2,6 +2,7 @@
 
 import jax
 
+from mocosfl_jax.config.defences import release_of
 from mocosfl_jax.config.fields import Resolved
 from mocosfl_jax.config.network import model_of, network_of
 from mocosfl_jax.config.resolve import largest_divisor
@@ -9,6 +10,7 @@ from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.learning.losses import LOSSES
 from mocosfl_jax.learning.sgd import sgd
 from mocosfl_jax.methods.mocosfl.client import ClientSide
+from mocosfl_jax.methods.mocosfl.defences import extra_gradient_of
 from mocosfl_jax.methods.mocosfl.method import MocoSFL
 from mocosfl_jax.methods.mocosfl.server import ServerSide
 from mocosfl_jax.models.backbones import latent_shape
@@ -32,6 +34,8 @@ def build(config: Resolved, axes: Axes = NO_MESH, devices: int = 1) -> MocoSFL:
             ema=config.ema,
             both_views=loss.both_views,
             frozen=config.client_learning_rate == 0,
+            release=release_of(config),
+            extra_gradient=extra_gradient_of(config),
         ),
         server=ServerSide(model, optimizer, loss, config.temperature, config.ema),
         learning_rate=config.learning_rate,
@@ -51,5 +55,5 @@ def _chunks(config: Resolved, devices: int) -> int:
         return 1
     slots = -(-config.cohort_size // devices)
     side, _, channels = latent_shape(network_of(config), config.image_size, 1)
-    chunks = slots * config.batch_size * (channels * side) ** 2 // CPU_CHUNK
+    chunks = slots * config.images_a_step * (channels * side) ** 2 // CPU_CHUNK
     return largest_divisor(slots, max(1, chunks))

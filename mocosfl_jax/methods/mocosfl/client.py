@@ -18,12 +18,21 @@ from mocosfl_jax.learning.ema import ema_update
 from mocosfl_jax.learning.sgd import sgd_update
 from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents, Params
 
-Release = Callable[[jax.Array, jax.Array], jax.Array]
-"""From latents (B', h, w, c) and a PRNG key to what is sent instead, of the same shape or another.
-Differentiated; applied to query and key latents alike."""
-
 Totals = dict[str, tuple[jax.Array, jax.Array]]
 """Metrics of one client by name: a total and its weight, () float32 each."""
+
+
+class Release(Protocol):
+    """What is done to latents, query and key alike, before they are sent. Hashable."""
+
+    def __call__(self, latents: jax.Array, key: jax.Array, /) -> jax.Array:
+        """What the server gets instead of latents (B', h, w, c), of the same shape or another.
+
+        Differentiated. Args: key: a PRNG key, one a call.
+        """
+
+    def on_wire(self, latents: jax.ShapeDtypeStruct, /) -> Any:
+        """Shapes of what travels for what the server gets; a pytree of `jax.ShapeDtypeStruct`."""
 
 
 class ExtraGradient(Protocol):
@@ -36,7 +45,13 @@ class ExtraGradient(Protocol):
         """The state before a client's first step."""
 
     def __call__(
-        self, state: Any, pixels: jax.Array, latents: jax.Array, mask: jax.Array, key: jax.Array
+        self,
+        state: Any,
+        pixels: jax.Array,
+        latents: jax.Array,
+        mask: jax.Array,
+        key: jax.Array,
+        progress: jax.Array,
     ) -> tuple[jax.Array, Any, Totals]:
         """The gradient with respect to the query latents, the new state, and metrics.
 
@@ -47,6 +62,7 @@ class ExtraGradient(Protocol):
           mask: (B',) bool, rows that count. The gradient of other rows must be 0, and metrics must
             leave them out: all rows of a padding slot are such rows.
           key: a PRNG key of this client and step.
+          progress: () float32, the share of the training's steps that are done.
         Returns: the gradient, (B', h, w, c); the new state, of the same form; metrics with the same
           names in every step, other than `loss` and `accuracy`.
         """
@@ -160,6 +176,7 @@ def update(
     rate: jax.Array,
     to_pixels: Callable[[jax.Array], jax.Array] | None = None,
     rng: jax.Array | None = None,
+    progress: jax.Array | None = None,
 ) -> tuple[ClientState, Totals]:
     """One step of SGD with the gradient that the server sent, and with the client's own.
 
@@ -168,17 +185,21 @@ def update(
       rate: () float32, the client's learning rate.
       to_pixels: from normalised images to pixels in [0, 1], for `extra_gradient`.
       rng: a PRNG key of this client and step, for the same.
+      progress: () float32, the share of the training's steps that are done, for the same.
     """
     if pending.backward is None:
         return state, {}
     grad = gradient.query
     metrics: Totals = {}
     if side.extra_gradient is not None:
-        assert pending.sent is not None and to_pixels is not None and rng is not None
+        assert pending.sent is not None and to_pixels is not None
+        assert rng is not None and progress is not None
         sent, images, mask = pending.sent
         *_, own_rng = jax.random.split(rng, 3)
         pixels = to_pixels(images)
-        own, extra, metrics = side.extra_gradient(state.extra, pixels, sent, mask, own_rng)
+        own, extra, metrics = side.extra_gradient(
+            state.extra, pixels, sent, mask, own_rng, progress
+        )
         grad, state = grad + own, state.replace(extra=extra)
     (param_grad,) = pending.backward(grad)
     params, opt_state = sgd_update(side.optimizer, state.params, state.opt_state, param_grad, rate)

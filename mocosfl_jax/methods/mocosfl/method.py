@@ -4,6 +4,7 @@ The clients' functions are mapped over the slots here, and only here; their late
 server's rows. docs/method.md numbers the steps and lists where the public code differs.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
@@ -112,9 +113,13 @@ class MocoSFL:
     def __post_init__(self) -> None:
         if self.chunks > 1 and self.model.head.batch_norm:
             raise ValueError(f"chunks = {self.chunks}: a BatchNorm head needs all rows at once: 1")
-        loses = self.private_queues or not self.align or self.client.extra_gradient is not None
-        if loses and not self.persistent:
+        if not self.persistent and (self.private_queues or not self.align or self._extra_state()):
             raise ValueError("stateless clients take a shared queue and aligned key encoders")
+
+    @property
+    def chance(self) -> float:
+        """Of K + 1 equal logits, each view's loss is ln(K + 1)."""
+        return (2 if self.server.loss.swapped else 1) * math.log(self.queue_rows + 1)
 
     # ------------------------------------------------------------------------- state and rounds
 
@@ -126,6 +131,14 @@ class MocoSFL:
             client=ClientModel(client, client if self.align else None),
             queue=None if self.private_queues else self._new_queue(state_key),
         )
+
+    def start(self, server: MocoState, variables: Variables) -> MocoState:
+        """Key encoders, the clients' own among them, start as equal to online models as in `init`;
+        in the public code they keep their random parameters."""
+        client, params, stats = variables
+        models = ServerState(params, params, server.server.opt_state, stats, stats)
+        common = ClientModel(client, client if self.align else None)
+        return server.replace(server=models, client=common)
 
     def own(self, server: MocoState, key: jax.Array) -> Kept:
         extra, params = self.client.extra_gradient, server.client.params
@@ -150,6 +163,13 @@ class MocoSFL:
             opt_state=client.opt_state if self.persistent else None,
             extra=client.extra,
             queue=participant.queue,
+        )
+
+    def _extra_state(self) -> bool:
+        """Whether the extra gradient has a state, which a client would have to keep."""
+        extra = self.client.extra_gradient
+        return extra is not None and bool(
+            jax.tree.leaves(jax.eval_shape(extra.init, jax.random.key(0)))
         )
 
     def _new_queue(self, key: jax.Array) -> Queue:
@@ -232,7 +252,7 @@ class MocoSFL:
         rate = self.client_learning_rate * batch.rate_factor
         clients, metrics = jax.vmap(
             lambda client, pending, gradient, key: client_side.update(
-                self.client, client, pending, gradient, rate, batch.to_pixels, key
+                self.client, client, pending, gradient, rate, batch.to_pixels, key, batch.progress
             )
         )(clients, pending, _by_client(learned, latents), keys)
         totals = jax.tree.map(lambda x: x.sum(axis=0), metrics)
@@ -276,11 +296,11 @@ class MocoSFL:
         """Masks, one bit a row, are not counted."""
         state, latents, _ = self._one_client(images)
         sent = (
-            Message("query latents", True, "step", latents.query),
-            Message("key latents", True, "step", latents.key),
+            Message("query latents", True, "step", self._on_wire(latents.query)),
+            Message("key latents", True, "step", self._on_wire(latents.key)),
         )
-        if self.client.frozen:
-            return sent
+        if self.client.frozen:  # the key encoder is the same model
+            return *sent, Message("client model", False, "once", ClientModel(state.params, None))
         weights = client_side.upload(state, self.align)
         return (
             *sent,
@@ -288,6 +308,14 @@ class MocoSFL:
             Message("client model", True, "sync", weights),
             Message("average of client models", False, "sync", weights),
         )
+
+    def _on_wire(self, latents: Any) -> Tree:
+        release = self.client.release
+        return latents if release is None else release.on_wire(latents)
+
+    def sent(self, participant: Participant, images: jax.Array, key: jax.Array) -> jax.Array:
+        """Query latents; key latents are those of the key encoder."""
+        return client_side.latents(self.client, participant.client.params, images, key)
 
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
         _, latents, pending = self._one_client(images)

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+from mocosfl_jax.config.defences import DEFENCES
 from mocosfl_jax.config.fields import Config, Resolved
 from mocosfl_jax.config.recipe import FormerLayout, Recipe
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.learning.losses import LOSSES
 from mocosfl_jax.methods.mocosfl.build import build
+from mocosfl_jax.methods.mocosfl.defences import check_defences, facts
 from mocosfl_jax.methods.mocosfl.former import from_former, to_former
 from mocosfl_jax.models.heads import HEADS
 
@@ -31,7 +33,7 @@ def _rules(config: Config) -> dict[str, Any]:
 def keys_per_step(config: Resolved) -> int:
     """Rows that one step writes to the queue, or to each private queue."""
     clients = config.cohort_size if config.feature_sharing else 1
-    return clients * config.batch_size * LOSSES[config.loss].keys
+    return clients * config.images_a_step * LOSSES[config.loss].keys
 
 
 def _check(config: Resolved) -> None:
@@ -39,6 +41,7 @@ def _check(config: Resolved) -> None:
     _check_queue(config)
     _check_client_state(config)
     _check_chunks(config)
+    check_defences(config)
 
 
 def _check_queue(config: Resolved) -> None:
@@ -93,6 +96,8 @@ MOCOSFL = Recipe(
     build=build,
     rules=_rules,
     check=_check,
+    sections=DEFENCES,
+    facts=facts,
     memory_hints={
         "population": ("client_state", "stateless clients (with align_momentum) keep nothing"),
         "server.queue": ("queue_length", "a shorter queue"),
