@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.commandline import config_file, parse
 from mocosfl_jax.run.console import unbreakable_output
-from mocosfl_jax.sweep.definition import Run, check, counted, expand
+from mocosfl_jax.sweep.definition import Run, check, check_set, counted, expand
 from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
 from mocosfl_jax.sweep.folder import SweepFolder
 from mocosfl_jax.sweep.report import write_report
@@ -97,6 +97,7 @@ def _engine(values: flags.FlagValues, folder: SweepFolder, lock: int) -> Engine:
 
 def _report(folder: SweepFolder, sweep: ConfigDict | None) -> int:
     shown = folder.definition() if sweep is None else sweep
+    check_set(shown, "columns", "metrics")
     print(write_report(folder, shown["columns"], shown["metrics"]), end="")
     return 0
 
@@ -128,18 +129,9 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     if values.config is not None and "grid" not in values.config:
         allowed = "a sweep's config is needed, made by default_sweep(); this one is of a run"
         raise InputError("--config", config_file(argv), allowed)
-    if values.config is not None:
-        _check_report_fields(values.config)
     if values.workdir is None and not values.dry_run:
         raise InputError("--workdir", None, "a folder for the sweep is needed")
     return values
-
-
-def _check_report_fields(sweep: ConfigDict) -> None:
-    """Raises: InputError: a field that the report needs is unset."""
-    for name in ("columns", "metrics"):
-        if sweep[name] is None:
-            raise InputError(f"config.{name}", None, "a value is needed")
 
 
 if __name__ == "__main__":

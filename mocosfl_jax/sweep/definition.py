@@ -6,7 +6,7 @@ turns it into runs, and `check` checks each of them as `mocosfl_jax.main` would.
 
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -127,7 +127,8 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
     _check_more_seeds(sweep.more_seeds, grid)
     ranked = []
     for variant, fields in variants.items():
-        for cell in _cells(grid):
+        for values in itertools.product(*grid.values()):
+            cell = dict(zip(grid, values, strict=True))
             for rank, seed in enumerate(_seeds(sweep, {"variant": variant, **cell})):
                 overrides = {**dict.fromkeys(sweep.unset), **fixed, **fields, **cell, "seed": seed}
                 ranked.append((rank, Run(sweep.base, variant, cell, seed, overrides)))
@@ -217,11 +218,6 @@ def _variants(sweep: ConfigDict, known: Collection[str]) -> dict[str, Fields]:
     return variants or {"": {}}
 
 
-def _cells(grid: Fields) -> Iterator[Fields]:
-    for values in itertools.product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
-
-
 def _seeds(sweep: ConfigDict, cell: Fields) -> tuple[int, ...]:
     """The seeds of a cell, whose variant is among its fields."""
     seeds = list(sweep.seeds)
@@ -245,6 +241,13 @@ def check_metrics(metrics: Iterable[str]) -> None:
             raise InputError("config.metrics", name, f"one of {', '.join(NUMBERS)} is needed")
 
 
+def check_set(sweep: ConfigDict | dict[str, Any], *names: str) -> None:
+    """Raises: InputError: one of the fields of a sweep is unset."""
+    for name in names:
+        if sweep[name] is None:
+            raise InputError(f"config.{name}", None, "a value is needed")
+
+
 def _check_values(sweep: ConfigDict) -> None:
     """Each field of the sweep by itself."""
     if sweep.methods is not None:
@@ -252,9 +255,8 @@ def _check_values(sweep: ConfigDict) -> None:
         raise InputError("config.methods", sweep.methods, allowed)
     if sweep.base is None:
         raise InputError("config.base", None, "the config file of the runs is needed")
-    for name in ("fixed", "unset", "grid", "variants", "seeds", "more_seeds", "metrics", "slurm"):
-        if sweep[name] is None:
-            raise InputError(f"config.{name}", None, "a value is needed")
+    check_set(sweep, "fixed", "unset", "grid", "variants", "seeds", "more_seeds")
+    check_set(sweep, "columns", "metrics", "slurm")
     if sweep.columns not in {"seed", *flat_fields(sweep.fixed.to_dict())}:
         raise InputError("config.columns", sweep.columns, "a field of the runs is needed")
     if len(set(sweep.seeds)) < len(sweep.seeds):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -74,13 +74,19 @@ class SweepFolder:
         has another config there.
         """
         stored = self.definition()["runs"] if self.definition_path.exists() else {}
-        left_out = self._check_left_out(stored, runs)
+        left_out = [name for name in stored if name not in runs]
+        for name in filter(self.is_finished, left_out):
+            allowed = f"holds a finished run that this sweep would leave out: {name}"
+            raise InputError("--workdir", str(self.path), allowed)
         for name in [name for name in stored if name in runs]:
             self._check_config(name, stored[name]["config"], configs[name])
         definition = {
             "columns": sweep.columns,
             "metrics": sweep.metrics,
-            "runs": {name: _described(run, configs[name]) for name, run in runs.items()},
+            "runs": {
+                name: {"variant": run.variant, "cell": run.cell, "config": to_json(configs[name])}
+                for name, run in runs.items()
+            },
         }
         write_json(self.definition_path, definition)
         return left_out
@@ -105,7 +111,7 @@ class SweepFolder:
                 variant=run["variant"] if "variant" in run else run["method"],  # its former name
                 cell=run["cell"],
                 config=flat_fields(run["config"]),
-                summary=self._summary(name),
+                summary=read_json(self._summary_path(name)) if self.is_finished(name) else None,
                 last_words=last_line(self.log_path(name)),
             )
             for name, run in self.definition()["runs"].items()
@@ -113,18 +119,6 @@ class SweepFolder:
 
     def _summary_path(self, name: str) -> Path:
         return self.run_path(name) / "summary.json"
-
-    def _summary(self, name: str) -> dict[str, Any] | None:
-        return read_json(self._summary_path(name)) if self.is_finished(name) else None
-
-    def _check_left_out(self, stored: Collection[str], runs: Collection[str]) -> list[str]:
-        """The stored runs that the sweep no longer has; raises InputError if one is finished."""
-        left_out = [name for name in stored if name not in runs]
-        for name in left_out:
-            if self.is_finished(name):
-                allowed = f"holds a finished run that this sweep would leave out: {name}"
-                raise InputError("--workdir", str(self.path), allowed)
-        return left_out
 
     def _check_config(self, name: str, stored: dict[str, Any], config: Config) -> None:
         """Raises: InputError: the sweep gives a stored run another config.
@@ -155,8 +149,3 @@ def last_line(log: Path) -> str:
     text = log.read_text(errors="replace") if log.exists() else ""
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
     return lines[-1] if lines else "no output"
-
-
-def _described(run: Run, config: Config) -> dict[str, Any]:
-    """A run as sweep.json has it."""
-    return {"variant": run.variant, "cell": run.cell, "config": to_json(config)}

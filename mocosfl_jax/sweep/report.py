@@ -12,14 +12,12 @@ from typing import Any
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.numbers import NUMBERS
-from mocosfl_jax.run.storage import StorageError, write_text
+from mocosfl_jax.run.storage import StorageError, write_text, writing
 from mocosfl_jax.sweep.definition import check_metrics, counted
 from mocosfl_jax.sweep.folder import Record, SweepFolder
 
 _FIELD_LABELS = {"num_clients": "number of clients"}
 """What the table and the plot call a field of the runs, where its name is not clear enough."""
-
-_UNWRITTEN = "the report cannot be written here"
 
 
 @dataclass(frozen=True)
@@ -80,12 +78,11 @@ def write_report(folder: SweepFolder, columns: str, metrics: Sequence[str]) -> s
     try:
         write_text(folder.path / "report.csv", long_form(records, columns, metrics))
         write_text(folder.path / "report.md", text)
-        plot(table, at_init.mean if at_init.values else None, folder.path / "report.png")
+        with writing(folder.path / "report.png") as path:
+            plot(table, at_init.mean if at_init.values else None, path)
     except StorageError as error:
-        raise InputError(str(error.path), None, f"{_UNWRITTEN}: {error.reason}") from None
-    except OSError as error:
-        path = str(error.filename or folder.path)
-        raise InputError(path, None, f"{_UNWRITTEN}: {error.strerror}") from None
+        allowed = f"the report cannot be written here: {error.reason}"
+        raise InputError(str(error.path), None, allowed) from None
     return text
 
 
