@@ -1,4 +1,8 @@
-"""The one exception that bad input raises."""
+"""The one exception that bad input raises, and silence for libraries that would add to it."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
 
 LONGEST = 500
 """Characters that a message quotes of a value or of a reason; the middle of longer ones is cut."""
@@ -14,6 +18,17 @@ class InputError(ValueError):
     def __init__(self, where: str, value: object, allowed: str):
         """Args: where: config field (`config.cut`) or file; value: as found; allowed: what is."""
         super().__init__(one_line(f"{where} = {_short(repr(value))}: {_short(allowed)}"))
+
+
+@contextlib.contextmanager
+def quiet_logs() -> Iterator[None]:
+    """No log lines: what libraries say of missing or damaged files is for their developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _short(text: str) -> str:

@@ -2,12 +2,10 @@
 
 import ast
 import dataclasses
-import json
 import runpy
 import typing
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -16,17 +14,9 @@ import mocosfl_jax
 from mocosfl_jax.config import Config, Resolved, check_types, default_config, resolve
 from mocosfl_jax.config.checks import check_fields
 from mocosfl_jax.config.data import deal
-from mocosfl_jax.config.fields import EXECUTION_FIELDS
-from mocosfl_jax.config.stored import config_from_json, differences, to_json
 from mocosfl_jax.data.dataset import DatasetInfo, Prepared
 from mocosfl_jax.data.partition import dirichlet, iid
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.federated.axes import NO_MESH
-from mocosfl_jax.federated.placement import single_device
-from mocosfl_jax.methods.mocosfl.build import build
-from mocosfl_jax.run.plan import check_fits
-from mocosfl_jax.run.program import program_of
-from mocosfl_jax.run.rounds import Rounds
 
 CIFAR10 = DatasetInfo(
     name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10
@@ -194,73 +184,6 @@ def test_a_value_that_cannot_hold_is_named(field, fields):
         resolved(**fields)
 
 
-def test_a_million_clients_that_share_images():
-    config = resolved(num_clients=1_000_000, images_per_client=5, epochs=1)
-    assert (config.cohort_size, config.batch_size, config.steps_per_round) == (100, 1, 5)
-    assert config.rounds == 10_000
-    with pytest.raises(InputError, match=r"num_clients = 1000000: .*config\.images_per_client"):
-        resolved(num_clients=1_000_000)
-
-
-def test_state_beyond_the_memory_is_refused_with_sizes_and_a_way_out():
-    """Two client models of 928 parameters of 4 bytes each, state and copy: 15 GB."""
-    narrow = {"width": 32, "blocks_per_stage": (1, 1), "images_per_client": 1}
-
-    def check(memory_bytes: int, **fields) -> None:
-        config = resolved(num_clients=1_000_000, **narrow, **fields)
-        rounds = Rounds(config, single_device(), program_of(config))
-        check_fits(config, rounds.bytes_a_device(), memory_bytes)
-
-    with pytest.raises(InputError, match=r"client_state = 'persistent': .* 14\.8 GB.* stateless"):
-        check(14 * 10**9)
-    check(16 * 10**9)
-    check(10**9, client_state="stateless", align_momentum=True)
-    with pytest.raises(InputError, match=r"queue_length = 1000000: .* the queue alone 8\.2 GB"):
-        check(10**9, client_state="stateless", align_momentum=True, queue_length=1_000_000)
-
-
-@pytest.mark.parametrize(
-    ("clients", "batch", "width", "devices", "chunks"),
-    [
-        (100, 1, 64, 1, 10),  # 16.8 parts of 25 million; 10 divides 100
-        (100, 1, 64, 2, 5),  # 8.4 on each device, which has 50 clients
-        (99, 1, 64, 2, 5),  # a padded slot
-        (100, 1, 32, 1, 4),  # 4.2
-        (1000, 1, 16, 1, 10),  # 10.5
-        (1000, 1, 16, 8, 1),
-        (100, 1, 16, 1, 1),
-        (12, 50, 16, 1, 6),  # 6.3
-    ],
-)
-def test_a_cpu_runs_parts_that_stay_in_its_cache(
-    clients, batch, width, devices, chunks, monkeypatch
-):
-    def chunks_of(**fields) -> int:
-        sizes = {"num_clients": clients, "cohort_size": clients, "batch_size": batch}
-        narrow = {"width": width, "blocks_per_stage": (1, 1), "queue_length": 2000}
-        config = resolved(**sizes, **narrow, **fields)
-        return build(config, NO_MESH, devices).chunks
-
-    assert chunks_of() == chunks
-    assert chunks_of(cohort_chunks=3) == 3
-    assert chunks_of(head="largeV2") == 1
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert chunks_of() == 1
-
-
-def test_parts_follow_the_size_of_the_first_features():
-    config = resolved(num_clients=100, batch_size=1, width=32, stem="3x3s2", image_size=32)
-    assert build(config, NO_MESH, 1).chunks == 1
-    config = resolved(num_clients=100, batch_size=1, width=32, stem="3x3s2", image_size=63)
-    assert build(config, NO_MESH, 1).chunks == 4
-
-
-def test_parts_of_the_cohort_are_equal():
-    """7 clients of 64 images would be 4.7 parts, but 7 has no divisor up to 4."""
-    config = resolved(num_clients=7, batch_size=64, width=16)
-    assert build(config, NO_MESH, 1).chunks == 1
-
-
 def test_unlabelled_images_can_only_be_iid():
     unlabelled = dataclasses.replace(CIFAR10, num_classes=None)
     assert resolved(unlabelled).num_clients == 100
@@ -382,62 +305,6 @@ def test_what_only_labels_tell_is_refused_without_pixels(field, fields):
         dealt(np.arange(3000) % 10, **fields)
 
 
-def as_json(config: Config) -> dict:
-    return json.loads(json.dumps(to_json(config)))
-
-
-def test_a_stored_config_comes_back():
-    config = resolved(blocks_per_stage=(1, 2), mean=(0.5, 0.25, 0.125), data_dir="here")
-    assert config_from_json(as_json(config), "config.json") == config
-
-
-def test_what_a_stored_config_lacks_means_what_its_version_did():
-    stored = as_json(resolved(holdout_fraction=0.25))
-    del stored["holdout_fraction"], stored["client_state"], stored["method"]
-    config = config_from_json(stored, "config.json")
-    assert (config.holdout_fraction, config.client_state) == (0.1, "persistent")
-    assert config.method == "mocosfl"
-
-
-@pytest.mark.parametrize("missing", [None, "rounds", "temperature", "mean", "devices", "stem"])
-def test_a_stored_config_is_resolved_if_it_is_complete(missing):
-    stored = as_json(resolved(mean=(0.5, 0.25, 0.125)))
-    stored.pop(missing, None)
-    config = config_from_json(stored, "config.json")
-    assert type(config) is (Config if missing in ("rounds", "temperature") else Resolved)
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"cut": "one"}, "runs/a/config.json: config.cut = 'one'"),
-        ({"cut": [1]}, "runs/a/config.json: config.cut = [1]"),
-        ({"mean": {"red": 0.5}}, "runs/a/config.json: config.mean = {'red': 0.5}"),
-        ({"mean": [0.5, None, 0.5]}, "runs/a/config.json: config.mean = None"),
-        ({"momentum": None}, "runs/a/config.json: config.momentum = None"),
-        ({"method": None}, "runs/a/config.json: config.method = None"),
-        ({"method": "moco"}, "runs/a/config.json: config.method = 'moco'"),
-        ({"toy": {"rate": 0.5}}, "runs/a/config.json: config.toy = {'rate': 0.5}"),
-        ({"warp": 9, "shields": True}, "runs/a/config.json = 'shields, warp'"),
-        ([1, 2], "runs/a/config.json = [1, 2]"),
-    ],
-)
-def test_a_stored_config_that_cannot_be_read_is_named(values, words):
-    with pytest.raises(InputError) as error:
-        config_from_json(values, "runs/a/config.json")
-    assert str(error.value).startswith(words)
-
-
-def test_differences_leave_out_how_a_run_is_carried_out():
-    stored = resolved()
-    found = dataclasses.replace(stored, temperature=0.2, mean=(0.5, 0.5, 0.5), eval_batch_size=7)
-    assert differences(stored, found) == [
-        "mean None -> (0.5, 0.5, 0.5)",
-        "temperature 0.1 -> 0.2",
-    ]
-    assert differences(stored, stored) == []
-
-
 @pytest.mark.parametrize("pictures", [20, 200, 100_000])
 @pytest.mark.parametrize("classes", [None, 3])
 def test_the_config_for_a_folder_takes_any_number_of_pictures(pictures, classes):
@@ -458,26 +325,6 @@ def test_unknown_fields_and_wrong_types_are_named():
     config = ConfigDict({**default_config().to_dict(), "cut": "one"})
     with pytest.raises(InputError, match=r"config\.cut = 'one'"):
         check_types(config)
-
-
-def test_what_resuming_may_change():
-    """A new field is what a run is made of unless its marker says otherwise."""
-    assert {
-        "checkpoint_every",
-        "cohort_chunks",
-        "compilation_cache",
-        "data_dir",
-        "devices",
-        "eval_batch_size",
-        "init_from",
-        "keep_checkpoints",
-        "knn_every",
-        "mix_dataset",
-        "progress",
-        "server_shards",
-        "steps_per_dispatch",
-        "tensorboard",
-    } == EXECUTION_FIELDS
 
 
 def test_every_field_is_read():

@@ -16,11 +16,6 @@ from tests import tiny
 CONFIG = str(Path(__file__).parent.parent / "configs" / "cifar10.py")
 
 
-@pytest.fixture
-def npz(tmp_path) -> Path:
-    return tiny.write_npz(tmp_path / "images.npz")
-
-
 def command(npz: Path, *overrides: str) -> list[str]:
     return [
         *("main", "--config", CONFIG, "--workdir", str(npz.parent / "run")),

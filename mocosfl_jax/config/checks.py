@@ -105,7 +105,8 @@ def _check_companions(config: Config) -> None:
     for name, other in _MEANINGLESS_ALONE.items():
         value = getattr(config, name)
         if value != defaults[name] and getattr(config, other) is None:
-            raise InputError(f"config.{name}", value, f"config.{other} is unset: set it too")
+            allowed = f"config.{other} is unset: set it, or unset this"
+            raise InputError(f"config.{name}", value, allowed)
 
 
 def _check_network(config: Config) -> None:

@@ -125,14 +125,9 @@ def draw_params(key: jax.Array, height: int, width: int, config: AugmentConfig) 
     draws = jax.random.uniform(key, (2 * _CROP_ATTEMPTS + _OTHER_DRAWS,), jnp.float32)
     areas_A, ratios_A, others = jnp.split(draws, (_CROP_ATTEMPTS, 2 * _CROP_ATTEMPTS))
     y, x, brightness, contrast, saturation, hue, jitter, order, grey, blur, sigma, flip = others
-    crop_y, crop_x, crop_h, crop_w = _draw_box(
-        areas_A, ratios_A, y, x, height, width, config.min_scale
-    )
+    box = _draw_box(areas_A, ratios_A, y, x, height, width, config.min_scale)
     return AugmentParams(
-        crop_y=crop_y,
-        crop_x=crop_x,
-        crop_h=crop_h,
-        crop_w=crop_w,
+        *box,
         jitter=jitter < config.jitter_prob,
         order=jnp.asarray(_ORDERS)[_below(order, len(_ORDERS))],
         brightness=_about_one(brightness, config.jitter[BRIGHTNESS]),

@@ -264,7 +264,8 @@ def describe(
     }
     if isinstance(partition, Partition) and labels is not None and num_classes is not None:
         # Distinct (client, class) pairs: no (N, num_classes) array, which a million clients forbid.
-        pairs = np.sort(_cells(partition, labels, num_classes))
+        cells = partition.owners.astype(np.int64) * num_classes + labels[partition.indices]
+        pairs = np.sort(cells)
         distinct = pairs[np.diff(pairs, prepend=-1) != 0]
         classes = np.bincount(distinct // num_classes)
         classes = classes[classes > 0]
@@ -289,13 +290,6 @@ def check_shards(num_clients: int, classes_per_client: int, num_images: int) -> 
             classes_per_client,
             f"{num_clients} clients * {classes_per_client} shards exceed {num_images} images",
         )
-
-
-def _cells(
-    partition: Partition, labels: NDArray[np.integer], num_classes: int
-) -> NDArray[np.int64]:
-    """client * num_classes + class of each entry of `partition.indices`."""
-    return partition.owners.astype(np.int64) * num_classes + labels[partition.indices]
 
 
 def _even_cuts(length: int, parts: int) -> NDArray[np.int64]:

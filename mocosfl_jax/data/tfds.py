@@ -1,12 +1,11 @@
 """Prepared TensorFlow Datasets, read without TensorFlow: `cifar10`, `stl10`, ..."""
 
-import contextlib
 import difflib
 import io
-import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo, Prepared, Request, Split, known_labels
 from mocosfl_jax.data.fingerprint import fingerprint
 from mocosfl_jax.data.pixels import square_arrays
-from mocosfl_jax.errors import InputError
+from mocosfl_jax.errors import InputError, quiet_logs
 
 _NAME = re.compile(r"[a-z]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 _BATCH = 500  # records decoded at once
@@ -79,7 +78,8 @@ def prepare(request: Request) -> Prepared:
             not of 8-bit images, an unknown or empty split, images of many sizes, unless
             `image_size` is set.
     """
-    with _quiet():
+    # TFDS speaks, on stdout as well, of packages that are not needed here.
+    with quiet_logs(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         builder = _find_builder(request)
         image_key, label_key = _keys(builder, request)
         parts = [
@@ -127,18 +127,6 @@ def _import() -> ModuleType:
     import tensorflow_datasets  # here, as it takes a second
 
     return tensorflow_datasets
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No log lines and no banners of TFDS about packages that are not needed here."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _find_builder(request: Request) -> Any:

@@ -54,8 +54,7 @@ def knn_scores(
     """
     check_voting(k, temperature)
     unit_MD, unit_bank_ND = unit_rows(features_MD), unit_rows(bank_ND)
-    scores_MC: jax.Array = _vote(unit_MD, unit_bank_ND, bank_labels_N, num_classes, k, temperature)
-    return scores_MC
+    return _vote(unit_MD, unit_bank_ND, bank_labels_N, num_classes, k, temperature)
 
 
 def knn_top1(

@@ -149,13 +149,11 @@ def linear_probe(
         before_epoch=before_epoch,
     )
     best = int(np.argmax(top1_E))
-    params = jax.device_get(state.params)
     return ProbeResult(
         top1_last=float(top1_E[-1]),
         top1_best_test_epoch=float(top1_E[best]),
         best_epoch=best + 1,
-        kernel=params["kernel"],
-        bias=params["bias"],
+        **jax.device_get(state.params),
     )
 
 

@@ -16,7 +16,6 @@ from jax import lax
 
 from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.evaluation.knn import check_voting, unit_rows, votes
-from mocosfl_jax.federated.placement import Placement
 
 SIDE = 32
 """Largest side of the images that are compared, pixels."""
@@ -38,7 +37,6 @@ def raw_pixel_features(
     mean: Sequence[float],
     std: Sequence[float],
     batch_size: int,
-    placement: Placement | None = None,
     before_batch: Callable[[], None] | None = None,
 ) -> np.ndarray:
     """Normalised pixels of each image, reduced to at most 32x32: float32 (n, h * w * channels).
@@ -47,10 +45,7 @@ def raw_pixel_features(
 
     Args, Raises: those of `encode`.
     """
-    features: np.ndarray = encode(
-        _pixels, {}, images_nHWC, mean, std, batch_size, placement, before_batch
-    )
-    return features
+    return encode(_pixels, {}, images_nHWC, mean, std, batch_size, before_batch=before_batch)
 
 
 def raw_pixel_top1(
@@ -89,7 +84,8 @@ def raw_pixel_top1(
     correct = 0
     for queries, labels in _blocks(images_MHWC, labels_M):
         query_MD = features(queries)
-        best = _no_neighbours(len(query_MD), k)
+        none = (len(query_MD), k)
+        best = _Nearest(jnp.full(none, -jnp.inf), jnp.zeros(none, jnp.int32))
         for images, bank_labels in _blocks(bank_NHWC, bank_labels_N):
             best = _nearer(best, query_MD, features(images), bank_labels.astype(np.int32))
             jax.block_until_ready(best)  # else a CPU would encode blocks faster than it uses them
@@ -111,10 +107,6 @@ def _pixels(_: Any, images_BHWC: jax.Array) -> jax.Array:
 def _blocks(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, len(images), BLOCK):
         yield images[start : start + BLOCK], labels[start : start + BLOCK]
-
-
-def _no_neighbours(queries: int, k: int) -> _Nearest:
-    return _Nearest(jnp.full((queries, k), -jnp.inf), jnp.zeros((queries, k), jnp.int32))
 
 
 @jax.jit

@@ -18,13 +18,13 @@ from mocosfl_jax.federated.axes import NO_MESH, Axes
 Tree = Any
 
 
-def gather(population: Tree, ids_C: jax.Array, sharded: Tree = None, axes: Axes = NO_MESH) -> Tree:
+def gather(population: Tree, ids_C: jax.Array, sharded: Tree = False, axes: Axes = NO_MESH) -> Tree:
     """The rows of this device's slots; padding slots get the last row, which may be out of date.
 
     Args:
       population: leaves (N, ...), or this device's block of them where sharded.
       ids_C: (C,) int32 of this device's slots.
-      sharded: a tree like the population, with bools as leaves; None: no leaf is.
+      sharded: whether leaves are, a tree of bools like the population or like its upper part.
       axes: mesh axes over which slots and sharded leaves are spread.
     """
 
@@ -33,11 +33,11 @@ def gather(population: Tree, ids_C: jax.Array, sharded: Tree = None, axes: Axes 
             return _gather_ring(rows_N, ids_C, axes)
         return axes.vary(jnp.take(rows_N, ids_C, axis=0, mode="clip"))
 
-    return jax.tree.map(leaf, population, _flags(sharded, population))
+    return jax.tree.map(leaf, population, jax.tree.broadcast(sharded, population))
 
 
 def scatter(
-    population: Tree, ids_C: jax.Array, rows_C: Tree, sharded: Tree = None, axes: Axes = NO_MESH
+    population: Tree, ids_C: jax.Array, rows_C: Tree, sharded: Tree = False, axes: Axes = NO_MESH
 ) -> Tree:
     """The population with the rows of the slots written back; padding slots are dropped.
 
@@ -50,11 +50,7 @@ def scatter(
         everyone, rows = axes.gather_rows(ids_C, axis=0), axes.gather_rows(new_C, axis=0)
         return rows_N.at[everyone].set(rows, mode="drop")
 
-    return jax.tree.map(leaf, population, rows_C, _flags(sharded, population))
-
-
-def _flags(sharded: Tree, population: Tree) -> Tree:
-    return jax.tree.map(lambda _: False, population) if sharded is None else sharded
+    return jax.tree.map(leaf, population, rows_C, jax.tree.broadcast(sharded, population))
 
 
 def _gather_ring(block: jax.Array, ids_C: jax.Array, axes: Axes) -> jax.Array:

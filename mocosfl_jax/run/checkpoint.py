@@ -4,15 +4,13 @@ A checkpoint also carries the config and the data set of its run, and a digest o
 On a restart the newest one that passes counts; those that do not are set aside, never deleted.
 """
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
-import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +24,8 @@ from jax.experimental import multihost_utils
 from mocosfl_jax.config import Resolved
 from mocosfl_jax.config.recipe import FormerLayout, find_recipe
 from mocosfl_jax.config.stored import config_from_json, differences, run_values, to_json
-from mocosfl_jax.errors import InputError
-from mocosfl_jax.run.storage import StorageError, reason
+from mocosfl_jax.errors import InputError, quiet_logs
+from mocosfl_jax.run.storage import reason, writing
 
 LAYOUT = 2
 """Of the state in a checkpoint; those of version 0.1 do not say theirs (`Recipe.former`)."""
@@ -144,9 +142,8 @@ def saved_steps(folder: Path) -> list[int]:
 
     Raises: InputError: the folder cannot be read.
     """
-    names = _names(folder)
-    steps = [int(name) for name in names if name.isdecimal()]
-    return sorted((step for step in steps if str(step) in names), reverse=True)
+    steps = [int(name) for name in _names(folder) if re.fullmatch(r"0|[1-9][0-9]*", name)]
+    return sorted(steps, reverse=True)
 
 
 def has_unfinished(folder: Path) -> bool:
@@ -185,7 +182,7 @@ def find_newest(
     for step in steps:
         path, refusal = folder / str(step), None
         try:
-            with _quiet():
+            with quiet_logs():
                 read = _read(path, abstract_state, identity)
         except _UnusableError as error:
             refusal = str(error)
@@ -205,22 +202,14 @@ def find_newest(
     return Found(None, bad)
 
 
-_NOT_ITS_FAULT = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ESTALE,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-)
+_NOT_ITS_FAULT = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def _check_readable(path: Path, error: Exception) -> None:
     """Raises: InputError: a file could not be read, which does not mean that it is damaged."""
-    denied = isinstance(error, OSError) and error.errno in _NOT_ITS_FAULT
-    denied = denied or re.search("permission.denied", str(error), re.IGNORECASE) is not None
-    if denied or isinstance(error, MemoryError):
+    denied = re.search("permission.denied", str(error), re.IGNORECASE) is not None
+    failing = isinstance(error, OSError) and error.errno in _NOT_ITS_FAULT
+    if denied or failing or isinstance(error, PermissionError | MemoryError):
         raise InputError(str(path), reason(error), "a readable checkpoint is needed") from None
 
 
@@ -281,17 +270,6 @@ def _read(path: Path, abstract_state: Any, identity: Identity) -> _Read:
         return _Read(state, former, found.clock, seal)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax's warnings on files that turn out damaged are for its developers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def _barrier() -> Callable[..., None]:
     """Orbax's barrier of all processes, for those whose save has not failed.
 
@@ -313,6 +291,7 @@ class Checkpoints:
     A checkpoint appears under its step only when complete, so a killed process leaves the one
     before. The digest is computed, and Orbax is called, in a thread: the loop launches the next
     dispatch meanwhile. With several processes Orbax is called from each main thread, in one order.
+    Orbax and TensorStore have no common type for a full disk: any exception is a `StorageError`.
     """
 
     def __init__(self, folder: Path, keep: int, identity: Identity):
@@ -324,10 +303,11 @@ class Checkpoints:
             max_to_keep=keep,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(
-                barrier_sync_fn=_barrier(), post_finalization_callback=self._written
+                barrier_sync_fn=_barrier(),
+                post_finalization_callback=lambda: self._when_written(),
             ),
         )
-        with self._storage():
+        with writing(self._folder, Exception):
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._newest = self._manager.latest_step()
 
@@ -350,7 +330,7 @@ class Checkpoints:
         if jax.process_count() == 1:
             self._starting = self._thread.submit(self._start, step, state, seconds)
             return
-        with self._storage():
+        with writing(self._folder, Exception):
             self._start(step, state, seconds)
 
     def wait(self) -> None:
@@ -359,7 +339,7 @@ class Checkpoints:
         Raises: StorageError.
         """
         starting, self._starting = self._starting, None
-        with self._storage():
+        with writing(self._folder, Exception):
             if starting is not None:
                 starting.result()
             self._manager.wait_until_finished()
@@ -380,15 +360,3 @@ class Checkpoints:
             seal=ocp.args.JsonSave(seal),
         )
         self._manager.save(step, args=args, force=True)
-
-    def _written(self) -> None:
-        self._when_written()
-
-    @contextlib.contextmanager
-    def _storage(self) -> Iterator[None]:
-        try:
-            yield
-        except StorageError:  # of the encoder, written with the checkpoint
-            raise
-        except Exception as error:  # Orbax and TensorStore have no common type for a full disk
-            raise StorageError(self._folder, error) from error

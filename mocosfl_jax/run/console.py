@@ -3,10 +3,7 @@
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
-
-if TYPE_CHECKING:
-    from sys import UnraisableHookArgs
+from typing import Any, TextIO
 
 
 class _Unbreakable:
@@ -56,7 +53,7 @@ def quiet_libraries() -> None:
     sys.unraisablehook = _hook
 
 
-def _hook(found: "UnraisableHookArgs") -> None:
+def _hook(found: "sys.UnraisableHookArgs") -> None:
     """asyncio still reports reads that were abandoned when their event loop closed."""
     if str(found.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(found)

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.storage import write_text, writing
@@ -14,7 +14,7 @@ Line = dict[str, Any]
 """The numbers of one step, `step` among them."""
 
 
-class Metrics(Protocol):
+class Metrics:
     """Takes notes of a run."""
 
     def add(self, step: int, **values: float) -> None:
@@ -26,17 +26,11 @@ class Metrics(Protocol):
     def close(self) -> None: ...
 
 
-class NoMetrics:
+class NoMetrics(Metrics):
     """Takes no notes."""
 
-    def add(self, step: int, **values: float) -> None: ...
 
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class MetricsFile:
+class MetricsFile(Metrics):
     """DIR/metrics.jsonl: one JSON object a line and one line a step.
 
     A line goes to the file when the next step's begins, or at a flush. It may grow after that, and

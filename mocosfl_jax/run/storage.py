@@ -88,11 +88,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises: StorageError: of the path, for any OSError within."""
+def writing(path: Path, failures: type[Exception] = OSError) -> Iterator[Path]:
+    """Raises: StorageError: of the path, for any of the failures within; of a file, as it is."""
     try:
-        yield
+        yield path
     except StorageError:
         raise
-    except OSError as error:
-        raise StorageError(path, error) from None
+    except failures as error:
+        raise StorageError(path, error) from error

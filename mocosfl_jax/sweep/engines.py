@@ -56,7 +56,7 @@ class Engine(Protocol):
 
 def launch(
     task: Task, environment: dict[str, str] | None = None, keep_open: Iterable[int] = ()
-) -> subprocess.Popen:
+) -> "LocalJob":
     """Starts the task's command in its own session, so that only this process signals it.
 
     Args:
@@ -67,7 +67,7 @@ def launch(
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with task.log.open("a") as log:
         print("$", shlex.join(task.command), file=log, flush=True)
-        return subprocess.Popen(
+        return LocalJob(
             task.command,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -81,22 +81,14 @@ def launch(
 # ---------------------------------------------------------------------------------------- local
 
 
-class LocalJob:
+class LocalJob(subprocess.Popen):
     """A child process."""
 
-    def __init__(self, process: subprocess.Popen, slot: int):
-        self.slot = slot
-        self._process = process
-
-    def poll(self) -> int | None:
-        return self._process.poll()
-
-    def stop(self) -> None:
-        self._process.terminate()
+    stop = subprocess.Popen.terminate
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        super().kill()
+        self.wait()
 
 
 class LocalEngine:
@@ -112,17 +104,16 @@ class LocalEngine:
         """
         self.slots = slots or max(1, len(gpus))
         self._gpus, self._keep_open = gpus, tuple(keep_open)
-        self._jobs: list[LocalJob] = []
+        self._jobs: dict[int, LocalJob] = {}  # the last one of each slot
 
     def start(self, tasks: Sequence[Task]) -> list[Job]:
         return [self._start(task) for task in tasks]
 
     def _start(self, task: Task) -> Job:
-        self._jobs = [job for job in self._jobs if job.poll() is None]
-        slot = min(set(range(self.slots)) - {job.slot for job in self._jobs})
-        job = LocalJob(launch(task, self.environment(slot), self._keep_open), slot)
-        self._jobs.append(job)
-        return job
+        running = {slot for slot, job in self._jobs.items() if job.poll() is None}
+        slot = min(set(range(self.slots)) - running)
+        self._jobs[slot] = launch(task, self.environment(slot), self._keep_open)
+        return self._jobs[slot]
 
     def environment(self, slot: int) -> dict[str, str]:
         """Variables that give a slot its GPUs: an equal share, or one GPU that several slots share
@@ -164,13 +155,13 @@ class RequeuedTask:
 
     def __init__(self, task: Task):
         self._task = task
-        self._child: subprocess.Popen | None = None
+        self._child: LocalJob | None = None
         self._status: Future[int] | None = None
 
     def __call__(self) -> int:
         child = self._child = launch(self._task)
         for number in (signal.SIGTERM, signal.SIGINT):  # the job is cancelled
-            signal.signal(number, lambda *_: child.terminate())
+            signal.signal(number, lambda *_: child.stop())
         with ThreadPoolExecutor(1) as pool:
             self._status = pool.submit(child.wait)
             return self._status.result()
@@ -180,7 +171,7 @@ class RequeuedTask:
         from submitit.helpers import DelayedSubmission
 
         if self._child is not None and self._status is not None:
-            self._child.terminate()
+            self._child.stop()
             self._status.result()
         return DelayedSubmission(RequeuedTask(self._task))
 
@@ -235,7 +226,9 @@ class SlurmEngine:
         self._parameters = parameters
         self.seconds_between_polls = 5.0 if cluster == "slurm" else 0.2
         shared = ("timeout_min", "gpus_per_node", "cpus_per_task", "mem_gb")
-        names = {name: name if name in shared else f"slurm_{name}" for name in parameters}
+        named = {
+            name if name in shared else f"slurm_{name}": value for name, value in parameters.items()
+        }
         try:
             self._executor = submitit.AutoExecutor(
                 folder, cluster=cluster, slurm_max_num_timeout=MOST_TIMEOUTS
@@ -243,7 +236,7 @@ class SlurmEngine:
             self._executor.update_parameters(
                 name="mocosfl_sweep",
                 slurm_signal_delay_s=SECONDS_TO_SAVE,
-                **{names[name]: value for name, value in parameters.items()},
+                **named,
             )
         except (RuntimeError, ValueError, NameError) as error:
             raise InputError("--engine", "slurm", str(error)) from None
