@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -273,12 +274,14 @@ def _read(path: Path, abstract_state: Any, identity: Identity) -> _Read:
 def _barrier() -> Callable[..., None]:
     """Orbax's barrier of all processes, for those whose save has not failed.
 
-    Orbax would have a process wait for the others with the error in its hands, and these for it.
+    A thread of Orbax would wait for the others with the error in its hands, and they for it. What
+    the main thread is handling when it saves is none of Orbax's errors, but a request to stop, say.
     """
     wait = ocp.multihost.get_barrier_sync_fn()
 
     def barrier(*, key: str, timeout_ms: int) -> None:
-        if error := sys.exc_info()[1]:
+        error = sys.exc_info()[1]
+        if error is not None and threading.current_thread() is not threading.main_thread():
             raise error
         wait(key=key, timeout_ms=timeout_ms)
 
