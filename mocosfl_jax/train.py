@@ -34,7 +34,6 @@ from mocosfl_jax.run.metrics import (
     Line,
     Metrics,
     MetricsFile,
-    NoMetrics,
     missing_steps,
     read_metrics,
 )
@@ -80,7 +79,8 @@ def train(
     """
     started, startup = time.monotonic(), startup or Startup()
     progress = Progress(config, is_primary())
-    config = with_init_digest(config, workdir.stored and workdir.stored.config)
+    if config.init_digest is None:  # the command has filled it
+        config = with_init_digest(config, workdir.stored and workdir.stored.config)
     summary = finished(config, dataset.info, workdir, startup)
     if summary is not None:
         startup.ready()
@@ -333,7 +333,7 @@ def open_metrics(
     Raises: StorageError.
     """
     if not workdir.primary:
-        return NoMetrics()
+        return Metrics()
     board = Board(workdir.tensorboard_path, step + 1) if config.tensorboard else None
     return MetricsFile(workdir.metrics_path, lines, board)
 

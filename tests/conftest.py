@@ -5,6 +5,7 @@ These lines run before any test module imports JAX.
 
 import importlib.metadata
 import os
+import signal
 import tempfile
 
 FLAGS = [
@@ -40,3 +41,22 @@ def no_gpu(monkeypatch):
     """No GPU, whatever the machine has, and fake runs that all go well."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("FAKE_RUN", raising=False)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Sends SIGTERM, once, when so many steps are logged; the dispatch behind still finishes."""
+    from mocosfl_jax.run.progress import Progress
+
+    advance = Progress.advance
+
+    def arm(step: int) -> None:
+        def advance_and_stop(self, steps, loss, images_per_second):
+            advance(self, steps, loss, images_per_second)
+            if self._step == step:
+                monkeypatch.setattr(Progress, "advance", advance)
+                signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(Progress, "advance", advance_and_stop)
+
+    return arm

@@ -16,7 +16,7 @@ from mocosfl_jax.methods.mocosfl.server import contrast
 from mocosfl_jax.run.checkpoint import Clock
 from mocosfl_jax.run.encoder_file import save_encoder
 from mocosfl_jax.run.feed import Dispatch
-from mocosfl_jax.run.metrics import NoMetrics
+from mocosfl_jax.run.metrics import Metrics
 from mocosfl_jax.run.recorder import CollapseError, Recorder
 from tests import tiny
 from tests.test_main import CONFIG
@@ -77,7 +77,7 @@ class Silent:
 
 def judged(rounds: list[list[list[float | None]]], chance: float | None, skipped: int = 0) -> str:
     """What is said of the losses of these dispatches, the first `skipped` of which nobody saw."""
-    recorder = Recorder(NoMetrics(), Clock(), Silent(), chance)
+    recorder = Recorder(Metrics(), Clock(), Silent(), chance)
     step = 0
     for round_, parts in enumerate(rounds):
         for part, losses in enumerate(parts):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 
 import jax
@@ -31,7 +29,6 @@ from mocosfl_jax.privacy.together import Together
 from mocosfl_jax.run.feed import dispatches, most_draws
 from mocosfl_jax.run.plan import plan
 from mocosfl_jax.run.program import program_of
-from mocosfl_jax.run.progress import Progress
 from mocosfl_jax.run.rounds import Rounds, place_inputs, run_constants
 from mocosfl_jax.run.summary import results_table
 from mocosfl_jax.run.workdir import WorkDir
@@ -240,16 +237,9 @@ def test_chunks_and_devices_change_nothing(whole, npz, tmp_path):
         np.testing.assert_allclose(*values, rtol=2e-3, err_msg=name)
 
 
-def test_a_run_resumes_bit_for_bit(whole, npz, tmp_path, monkeypatch):
+def test_a_run_resumes_bit_for_bit(whole, npz, tmp_path, stop_at):
     """Stopped in the middle of a round."""
-    advance = Progress.advance
-
-    def advance_and_stop(self, steps, loss, images_per_second):
-        advance(self, steps, loss, images_per_second)
-        monkeypatch.undo()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Progress, "advance", advance_and_stop)
+    stop_at(3)
     with pytest.raises(Interrupted):
         run(tmp_path, npz)
     run(tmp_path, npz)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import make_placement
 from mocosfl_jax.run.feed import dispatches
 from mocosfl_jax.run.program import program_of
-from mocosfl_jax.run.progress import Progress
 from mocosfl_jax.run.rounds import Rounds, place_inputs, run_constants
 from mocosfl_jax.run.workdir import WorkDir
 from mocosfl_jax.train import Interrupted, train
@@ -87,19 +85,11 @@ def test_any_number_of_devices_gives_the_same_run(fields, npz, one, tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [(8, 2), (1, 4)])
-def test_a_run_resumes_on_another_number_of_devices(before, after, npz, one, tmp_path, monkeypatch):
+def test_a_run_resumes_on_another_number_of_devices(before, after, npz, one, tmp_path, stop_at):
     """Stopped in the middle of a round, when the cohort's state counts."""
-    advance = Progress.advance
-
-    def advance_and_stop(self, steps, loss, images_per_second):
-        advance(self, steps, loss, images_per_second)
-        if self._step == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Progress, "advance", advance_and_stop)
-        with pytest.raises(Interrupted, match="stopped at step 4 of 12"):
-            run(tmp_path, npz, devices=before, steps_per_dispatch=2)
+    stop_at(2)
+    with pytest.raises(Interrupted, match="stopped at step 4 of 12"):
+        run(tmp_path, npz, devices=before, steps_per_dispatch=2)
     run(tmp_path, npz, devices=after)
     assert_same_run(tmp_path, one, npz)
 

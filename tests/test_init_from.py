@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import jax
@@ -25,7 +24,6 @@ from mocosfl_jax.run.commandline import define_flags, parse
 from mocosfl_jax.run.encoder_file import by_name, save_encoder, weights_digest
 from mocosfl_jax.run.plan import plan
 from mocosfl_jax.run.program import program_of
-from mocosfl_jax.run.progress import Progress
 from mocosfl_jax.run.rounds import Rounds
 from mocosfl_jax.run.source import load_source
 from mocosfl_jax.train import Interrupted
@@ -315,22 +313,14 @@ def test_a_headless_file_is_no_encoder(folder, tmp_path):
 # -------------------------------------------------------------------------------- what is stored
 
 
-def test_a_run_resumes_without_its_source(npz, frozen, tmp_path, monkeypatch, capsys):
+def test_a_run_resumes_without_its_source(npz, frozen, tmp_path, stop_at, capsys):
     whole, fields = frozen
     source = Path(fields["init_from"])
     digest = weights_digest(source / "encoder.safetensors")
     assert json.loads((whole / "config.json").read_text())["init_digest"] == digest
-    advance = Progress.advance
-
-    def advance_and_stop(self, steps, loss, images_per_second):
-        advance(self, steps, loss, images_per_second)
-        if self._step == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Progress, "advance", advance_and_stop)
-        with pytest.raises(Interrupted, match="stopped at step 6 of 12"):
-            run(tmp_path / "run", npz, **fields)
+    stop_at(3)
+    with pytest.raises(Interrupted, match="stopped at step 6 of 12"):
+        run(tmp_path / "run", npz, **fields)
     assert f"starts from {source} (client and server; weights {digest})" in capsys.readouterr().out
 
     # Other weights, or none, are another run; a new run cannot begin without its source.

@@ -246,7 +246,7 @@ def test_a_finished_run_answers_with_its_table(capsys, npz):
     labels = [line[2:36].strip() for line in again[3:]]
     assert labels == [
         "kNN of raw pixels, at most 32x32",
-        "kNN of the untrained encoder",
+        "kNN at the start",
         "kNN",
         "linear probe",
     ]

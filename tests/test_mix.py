@@ -1,7 +1,6 @@
 """A second data set beside the first: what is drawn, who trains on it, and what a restart needs."""
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from mocosfl_jax.main import main
 from mocosfl_jax.randomness import Stream, host_rng
 from mocosfl_jax.run.feed import dispatches
 from mocosfl_jax.run.plan import plan
-from mocosfl_jax.run.progress import Progress
 from mocosfl_jax.run.rounds import place_inputs
 from mocosfl_jax.train import Interrupted
 from tests import tiny
@@ -195,18 +193,10 @@ def test_a_run_on_two_data_sets_is_tested_on_the_first(whole, npz, second):
     assert config["mean"] == [0.1, 0.2, 0.3]  # of neither data set
 
 
-def test_a_stopped_run_goes_on_with_the_same_rows(whole, npz, second, tmp_path, monkeypatch):
-    advance = Progress.advance
-
-    def advance_and_stop(self, steps, loss, images_per_second):
-        advance(self, steps, loss, images_per_second)
-        if self._step == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Progress, "advance", advance_and_stop)
-        with pytest.raises(Interrupted, match="stopped at step 6 of 12"):
-            run(tmp_path, npz, mix_dataset=second, **ONE)
+def test_a_stopped_run_goes_on_with_the_same_rows(whole, npz, second, tmp_path, stop_at):
+    stop_at(3)
+    with pytest.raises(Interrupted, match="stopped at step 6 of 12"):
+        run(tmp_path, npz, mix_dataset=second, **ONE)
     elsewhere = tmp_path / "elsewhere.npz"
     elsewhere.write_bytes(Path(second.removeprefix("npz:")).read_bytes())
     run(tmp_path, npz, mix_dataset=f"npz:{elsewhere}", **ONE)

@@ -65,7 +65,7 @@ def test_the_table_of_a_sweep_that_is_not_finished(tmp_path, capsys):
         "| B | kNN, top-1 % | 41.00 (1) | - (0 of 1) |",
         "",
         "Accuracy on 1,234 test images.",
-        "kNN of the untrained encoders, top-1 %: 20.25 ± 0.50 (4).",
+        "kNN at the start, top-1 %: 20.25 ± 0.50 (4).",
         "",
         "Unfinished, with the last line of its log:",
         "",

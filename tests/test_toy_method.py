@@ -1,7 +1,6 @@
 """A method that the package does not know, `tests/toy_method.py`, goes through all of it."""
 
 import json
-import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,6 @@ from mocosfl_jax.main import main
 from mocosfl_jax.randomness import Stream, device_key
 from mocosfl_jax.run.checkpoint import Identity, data_digest, find_newest
 from mocosfl_jax.run.program import program_of
-from mocosfl_jax.run.progress import Progress
 from mocosfl_jax.run.rounds import Rounds
 from mocosfl_jax.run.workdir import read_stored
 from mocosfl_jax.sweep.__main__ import main as sweep_main
@@ -224,18 +222,10 @@ def test_the_loss_falls(data, tmp_path):
 
 @pytest.mark.parametrize(("logged", "saved"), [(2, 4), (8, 10)])
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(
-    data, whole, tmp_path, monkeypatch, capsys, logged, saved
+    data, whole, tmp_path, stop_at, capsys, logged, saved
 ):
     """In the middle of a round: the dispatch behind still finishes."""
-    advance = Progress.advance
-
-    def advance_and_stop(self, *args):
-        advance(self, *args)
-        if self._step == logged:
-            monkeypatch.setattr(Progress, "advance", advance)
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Progress, "advance", advance_and_stop)
+    stop_at(logged)
     assert main(command(tmp_path, data)) == 143
     assert f"stopped at step {saved} of 12" in capsys.readouterr().err
     assert not (tmp_path / "summary.json").exists()

@@ -1,7 +1,6 @@
 """The loop: what a run leaves behind, and that stopping and resuming changes nothing."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated import placement
 from mocosfl_jax.federated.dispatch import run_dispatch
 from mocosfl_jax.run.program import program_of
-from mocosfl_jax.run.progress import Progress
 from mocosfl_jax.run.workdir import WorkDir
 from mocosfl_jax.train import Interrupted, NonFiniteError, train
 from tests import tiny
@@ -109,23 +107,6 @@ def test_queue_pointer_and_step_count(whole, npz):
     assert int(state.step) == 18
     # 4 clients * 3 images * 2 views a step; both losses' keys
     assert int(state.server.queue.ptr) == 18 * 24 % 32
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Sends SIGTERM, once, when so many steps are logged; the dispatch behind still finishes."""
-    advance = Progress.advance
-
-    def arm(step: int) -> None:
-        def advance_and_stop(self, steps, loss, images_per_second):
-            advance(self, steps, loss, images_per_second)
-            if self._step == step:
-                monkeypatch.undo()
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        monkeypatch.setattr(Progress, "advance", advance_and_stop)
-
-    return arm
 
 
 @pytest.mark.parametrize("step", [3, 6, 9])

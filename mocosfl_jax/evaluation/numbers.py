@@ -42,7 +42,7 @@ _IN_ORDER = (
         "linear_top1_released", "linear probe with noise or random pruning", TOP1, in_table=True
     ),
     Number("knn_top1_released", "kNN with noise or random pruning", TOP1, in_table=True),
-    Number("knn_top1_at_init", "kNN of the untrained encoder", TOP1, in_table=True, in_csv=True),
+    Number("knn_top1_at_init", "kNN at the start", TOP1, in_table=True, in_csv=True),
     Number(
         "knn_top1_raw_pixels",
         "kNN of raw pixels, at most 32x32",

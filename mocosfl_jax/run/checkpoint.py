@@ -38,7 +38,7 @@ class Clock:
 
     wall_seconds: from the start of each process. compile_seconds: tracing and compiling the
     dispatch. train_seconds: in dispatches, compilation and evaluation excluded. trained_images: of
-    the steps behind train_seconds, padding excluded. knn_top1_at_init: percent, of the untrained
+    the steps behind train_seconds, padding excluded. knn_top1_at_init: percent, of the first
     encoder. monitored_step: step of the last kNN monitor. counts_padding: whether trained_images
     does, as in version 0.1.0, which did not store this field.
     """

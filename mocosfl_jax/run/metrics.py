@@ -15,7 +15,7 @@ Line = dict[str, Any]
 
 
 class Metrics:
-    """Takes notes of a run."""
+    """Takes notes of a run; this one takes none."""
 
     def add(self, step: int, **values: float) -> None:
         """Notes numbers of a step, the last one noted or a later one."""
@@ -24,10 +24,6 @@ class Metrics:
         """Puts everything on disk."""
 
     def close(self) -> None: ...
-
-
-class NoMetrics(Metrics):
-    """Takes no notes."""
 
 
 class MetricsFile(Metrics):

@@ -17,13 +17,13 @@ _MARKERS = "osD^vPX"
 """Of the points of a scatter plot: each marker comes in all ten colours before the next one."""
 
 
-def plot(table: Table, untrained: float | None, path: os.PathLike[str]) -> None:
+def plot(table: Table, at_start: float | None, path: os.PathLike[str]) -> None:
     """Each metric over the field of the columns, one line per row, error bars over seeds; where the
     metrics are the columns, one point per row.
 
     Args:
       table: what is plotted.
-      untrained: kNN before the first step, percent, mean of all runs; drawn as a dotted line.
+      at_start: kNN before the first step, percent, mean of all runs; drawn as a dotted line.
       path: of the PNG file.
     """
     from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ def plot(table: Table, untrained: float | None, path: os.PathLike[str]) -> None:
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     every = figure.subplots(1, panels, sharey=by_row, squeeze=False)[0]
     for axes, metric in zip(every, table.metrics, strict=True):
-        at_init = untrained if metric == "knn_top1" else None
+        at_init = at_start if metric == "knn_top1" else None
         (_draw_points if by_row else _draw_lines)(axes, table, metric, at_init)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -76,7 +76,7 @@ def scatter(table: Table, path: os.PathLike[str]) -> None:
 # --------------------------------------------------------------------------------------- pieces
 
 
-def _draw_lines(axes: "Axes", table: Table, metric: str, untrained: float | None) -> None:
+def _draw_lines(axes: "Axes", table: Table, metric: str, at_start: float | None) -> None:
     """Over the values of the columns."""
     numbers = all(isinstance(x, int | float) and x > 0 for x in table.columns)
     x_of = {value: value if numbers else i for i, value in enumerate(table.columns)}
@@ -88,8 +88,8 @@ def _draw_lines(axes: "Axes", table: Table, metric: str, untrained: float | None
     axes.minorticks_off()
     axes.set_xlabel(table.field_label)
     axes.set_ylabel(number_of(metric).title)
-    if untrained is not None:
-        axes.axhline(untrained, color="grey", linestyle=":", label="untrained")
+    if at_start is not None:
+        axes.axhline(at_start, color="grey", linestyle=":", label="at the start")
     _widen(axes, None, metric)
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(frameon=False)
@@ -103,7 +103,7 @@ def _draw(axes: "Axes", cells: dict[Any, Cell], label: str) -> None:
     axes.errorbar(x, mean, std, marker="o", markersize=4, capsize=3, label=shown)
 
 
-def _draw_points(axes: "Axes", table: Table, metric: str, untrained: float | None) -> None:
+def _draw_points(axes: "Axes", table: Table, metric: str, at_start: float | None) -> None:
     """Beside the names of the rows, the first at the top."""
     cells = {y: table.cells[row, metric, ""] for y, row in enumerate(table.rows)}
     points = [(cell.mean, y, cell.std or math.nan) for y, cell in cells.items() if cell.values]
@@ -112,8 +112,8 @@ def _draw_points(axes: "Axes", table: Table, metric: str, untrained: float | Non
     axes.set_yticks(range(len(table.rows)), table.rows)
     axes.set_ylim(len(table.rows) - 0.5, -0.5)
     axes.set_xlabel(textwrap.fill(number_of(metric).title, 22))
-    if untrained is not None:
-        axes.axvline(untrained, color="grey", linestyle=":", label="untrained")
+    if at_start is not None:
+        axes.axvline(at_start, color="grey", linestyle=":", label="at the start")
         axes.legend(frameon=False)
     _widen(axes, metric, None)
 

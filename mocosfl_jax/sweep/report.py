@@ -163,7 +163,7 @@ def _notes(records: Sequence[Record], table: Table) -> list[str]:
     if sizes and any(cell.values for cell in accuracies):
         notes.append(f"Accuracy on {' or '.join(f'{n:,}' for n in sizes)} test images.")
     if "knn_top1" in table.metrics and (at_init := _at_init(records)).values:
-        notes.append(f"kNN of the untrained encoders, top-1 %: {at_init}.")
+        notes.append(f"kNN at the start, top-1 %: {at_init}.")
     if any(cell.finished and not cell.values for cell in table.cells.values()):
         notes.append(
             "-: finished without this number, which needs labels, a command or another setting, or"
