@@ -125,6 +125,7 @@ def train(
         metrics = open_metrics(workdir, config, begun.lines, step)
         startup.ready()
         recorder = Recorder(metrics, clock, progress, program.method.chance)
+        recorder.recall(begun.lines, step, config.steps_per_round)
         for open_file in (metrics, recorder, progress):
             cleanup.callback(open_file.close)
         cleanup.push(partial(tell_others, stop, workdir))  # before a save that waits for them
@@ -146,6 +147,7 @@ def train(
             checkpoints.save(step, rounds.unpadded(state), clock, write)
 
         try:
+            recorder.check()  # a run that has collapsed is not carried on
             if step:
                 # That of a later step may lie here, or none.
                 write_encoder(placement.fetch(network()), step)
@@ -195,6 +197,8 @@ def train(
                     recorder.start_lap()
 
             # -------------------------------------------------------------------------- at the end
+            recorder.drain()
+            recorder.check()
             results = evaluator.final(network(), step)
         except (StopRequested, CollapseError) as reason:
             if step == 0:

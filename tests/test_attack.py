@@ -20,6 +20,7 @@ from mocosfl_jax.config.data import partition_of
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import single_device
 from mocosfl_jax.models.decoder import Decoder, parse_decoder
+from mocosfl_jax.privacy.release import Release
 from mocosfl_jax.run.checkpoint import Checkpoints, Clock, Found, Identity, data_digest
 from mocosfl_jax.run.program import program_of
 from mocosfl_jax.run.rounds import Rounds
@@ -38,15 +39,17 @@ def npz(tmp_path_factory) -> Path:
     return tiny.write_npz(tmp_path_factory.mktemp("data") / "images.npz")
 
 
-def save_run(folder: Path, npz: Path, *steps: int, **fields):
+def save_run(folder: Path, npz: Path, *steps: int, far: float = 0.0, **fields):
     """A run's folder with checkpoints of an untrained network, as if training had come that far;
-    participants differ. Returns: the last state, config and data set."""
+    participants differ. Args: far: added to what they have. Returns: the last state, config and
+    data set."""
     config, dataset = tiny.load(npz, cohort_size=2, **fields)
     config = with_channel_stats(config, dataset)
     rounds = Rounds(config, single_device(), program_of(config))
     start = rounds.initial_state()
     state = rounds.begin(start, jnp.asarray(COHORT, jnp.int32))
-    state = state.replace(cohort=moved(state.cohort, 5))
+    cohort = jax.tree.map(lambda x: x + jnp.asarray(far, x.dtype), moved(state.cohort, 5))
+    state = state.replace(cohort=cohort)
     with contextlib.closing(WorkDir(folder)) as workdir:
         workdir.record(config, dataset.info)
         identity = Identity(config, data_digest(dataset.info.fingerprint))
@@ -121,7 +124,7 @@ def test_an_attack_from_end_to_end(run, saved, capsys):
     assert found["mse_ratio"] == pytest.approx(mse.mean() / trivial, rel=1e-4)
 
     picture = np.asarray(Image.open(folder / "picture.png"))[::12, ::12]
-    shown = 8  # a batch
+    shown = 16  # two batches
     assert picture.shape == (16, 8 * shown, 3)
     upper = np.concatenate(list(dataset.test.images[:shown]), axis=1)
     np.testing.assert_array_equal(picture[:8], upper)
@@ -141,6 +144,49 @@ def test_killed_and_repeated(run, monkeypatch, capsys):
     monkeypatch.setattr(command, "_load", None)
     assert attack(run) == 0
     assert capsys.readouterr().out.startswith("this attack is complete\ndecoder of epoch")
+
+
+def test_an_attack_goes_on_at_the_step_that_it_began_with(run, saved, npz, monkeypatch, capsys):
+    """The run has gone on meanwhile, and in the end that checkpoint is gone."""
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert attack(run, "--step=6") == 130
+    assert attack(run) == 0 and report(run)["step"] == 6
+    shutil.rmtree(run / "checkpoints" / "6")
+    capsys.readouterr()
+    assert attack(run) == 0 and "this attack is complete" in capsys.readouterr().out
+    assert attack(run, "--step=9") == 2 and "--step 6 -> 9" in capsys.readouterr().err
+    assert attack(run, "--seed=1") == 2 and "--seed 0 -> 1" in capsys.readouterr().err
+
+
+def test_a_run_that_was_trained_anew_is_another(run, npz, capsys):
+    assert attack(run) == 0
+    shutil.rmtree(run / "checkpoints")
+    save_run(run, npz, 9, far=3.0)
+    assert attack(run) == 2 and "has been trained anew since this attack" in capsys.readouterr().err
+
+
+def test_the_attacker_sees_what_the_client_sends(npz, tmp_path):
+    """Clipped and rounded, with noise of the key; the trained decoder is adapted to it."""
+    sent = {"clip": {"norm": 2.0}, "quantize": {"bits": 4}}
+    state, config, dataset = save_run(tmp_path / "run", npz, 9, **sent)
+    found = victim.read_victim(tmp_path / "run", victim.read_run(tmp_path / "run"), 9, 3)
+    images = np.float32(dataset.train.images[:5] / 255)
+    model = program_of(config).method.model
+    plain = model.latents(at(state.cohort.client.params, 0), images)
+    seen = found.method.sent(found.participant, images, jax.random.key(1))
+    expected = np.asarray(Release(clip_norm=2.0, bits=4)(plain))
+    np.testing.assert_allclose(seen, expected, atol=1e-5)
+    assert np.abs(expected - np.asarray(plain)).max() > 0.1
+
+    noisy = {"clip": {"norm": 2.0}, "noise": {"multiplier": 0.5}}
+    save_run(tmp_path / "noisy", npz, 9, **noisy)
+    found = victim.read_victim(tmp_path / "noisy", victim.read_run(tmp_path / "noisy"), 9, 3)
+    one, other = (
+        found.method.sent(found.participant, images, jax.random.key(seed)) for seed in (1, 2)
+    )
+    spread = np.std(np.asarray(one) - np.asarray(other)) / np.sqrt(2)
+    assert spread == pytest.approx(1.0, rel=0.1)  # 0.5 x 2.0
 
 
 def test_a_used_name_is_refused(run, capsys):

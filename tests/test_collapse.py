@@ -1,7 +1,7 @@
 """A network that gives all images one embedding: its loss, and what becomes of its run."""
 
+import contextlib
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from mocosfl_jax.config.network import model_of
 from mocosfl_jax.federated.contract import Metric
 from mocosfl_jax.federated.dispatch import DispatchOutput
 from mocosfl_jax.main import main
+from mocosfl_jax.methods.mocosfl.method import MocoSFL
 from mocosfl_jax.methods.mocosfl.server import contrast
+from mocosfl_jax.run import recorder
 from mocosfl_jax.run.checkpoint import Clock
 from mocosfl_jax.run.encoder_file import save_encoder
 from mocosfl_jax.run.feed import Dispatch
@@ -152,5 +154,45 @@ def test_a_collapsed_run_stops_with_one_line_and_its_state_saved(tmp_path, capsy
         "15",
     ]
     assert not (tmp_path / "run" / "summary.json").exists()
-    assert main(argv) == 0  # a part of a round is left, and is no round
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 18
+    assert main(argv) == 1  # repeated, it is still the run that has collapsed
+    assert capsys.readouterr().err == err
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_the_last_round_is_judged_too(rounds, tmp_path, capsys, monkeypatch):
+    npz = tiny.write_npz(tmp_path / "images.npz")
+    monkeypatch.setattr(MocoSFL, "chance", 5.0)
+    at_chance = {(rounds - 1) * 3 + step for step in (1, 2, 3)}
+    divided = recorder._divided
+
+    def scripted(metric: Metric) -> dict[int, float]:
+        values, steps = divided(metric), next(taken)
+        return {index: 5.0 if steps + index + 1 in at_chance else 4.0 for index in values}
+
+    taken = (step for step in range(0, 3 * rounds, 3) for _ in range(2))  # loss and accuracy
+    monkeypatch.setattr(recorder, "_divided", scripted)
+    fields = {**FIELDS, "rounds": rounds, "steps_per_round": 3, "steps_per_dispatch": 3}
+    argv = ["main", "--config", CONFIG, "--workdir", str(tmp_path / "run")]
+    assert main([*argv, *tiny.flags(npz, **fields)]) == 1
+    assert f"every step of round {rounds - 1}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("losses", "step", "said"),
+    [
+        ([2.0] * 8, 8, "round 1"),
+        ([1.0] * 4 + [2.0] * 4, 8, "round 1"),
+        ([2.0] * 4 + [1.0] + [2.0] * 3, 8, ""),
+        ([2.0] * 3, 3, ""),  # it may still change
+        ([2.0] * 4 + [1.0] * 2, 6, "round 0"),
+        ([1.0] * 4 + [2.0] * 2, 6, ""),
+        ([2.0] * 8, 0, ""),
+    ],
+)
+def test_what_a_resumed_run_recalls(losses, step, said):
+    watch = Recorder(Metrics(), Clock(), Silent(), 2.0)
+    watch.recall({i + 1: {"step": i + 1, "loss": x} for i, x in enumerate(losses)}, step, 4)
+    watch.close()
+    with pytest.raises(CollapseError, match=said) if said else contextlib.nullcontext():
+        watch.check()

@@ -10,7 +10,8 @@ import pytest
 from flax.core import FrozenDict
 
 from mocosfl_jax import load_encoder
-from mocosfl_jax.config.data import partition_of
+from mocosfl_jax.config import check_types, default_config
+from mocosfl_jax.config.data import deal, partition_of, prepare
 from mocosfl_jax.config.defences import DEFENCES, release_of
 from mocosfl_jax.config.network import model_of
 from mocosfl_jax.config.stored import run_values
@@ -20,7 +21,7 @@ from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.evaluation.protocols import DrawnEncoder
 from mocosfl_jax.federated.placement import single_device
 from mocosfl_jax.main import main
-from mocosfl_jax.methods.mocosfl.defences import LATENTS_ONLY, WHOLE_RUN
+from mocosfl_jax.methods.mocosfl.defences import LATENTS_ONLY, WHOLE_RUN, facts
 from mocosfl_jax.privacy.accounting import epsilon_of
 from mocosfl_jax.privacy.nopeek import NoPeek
 from mocosfl_jax.privacy.release import Release
@@ -303,7 +304,27 @@ def test_a_dry_run_prints_epsilon_and_what_it_covers(npz, capsys, overrides, lat
 
 def test_without_noise_there_is_no_ledger(npz, capsys):
     assert main(["main", "--config", CONFIG, *tiny.flags(npz), "--dry_run"]) == 0
-    assert "\nepsilon" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nepsilon" not in said and "accuracies are" not in said
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prune": {"fraction": 0.5}, "quantize": {"bits": 8}}, ["with pruning and rounding of"]),
+        ({"prune": {"fraction": 0.5, "kind": "random"}}, ["accuracies are without noise"]),
+        (SENT, ["epsilon ", "with clipping and rounding of", "accuracies are without noise"]),
+        (
+            {**SENT, "client_learning_rate": 0.0, "init_from": "elsewhere"},
+            ["epsilon ", "not channel means and stds", "with clipping", "accuracies are without"],
+        ),
+    ],
+)
+def test_notes_say_what_a_number_covers(npz, fields, words):
+    notes = facts(resolved(npz, **fields), lambda: 3).notes
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True)), notes
+    assert ("config.init_from" in " ".join(notes)) == ("init_from" in fields)
 
 
 # -------------------------------------------------------------------------------------- bad input
@@ -339,6 +360,22 @@ def test_values_that_cannot_hold_are_refused(npz, fields, words):
     with pytest.raises(InputError) as error:
         resolved(npz, **fields)
     assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize("classes", [None, 2])
+def test_nopeek_is_refused_where_a_client_holds_too_few_images(npz, classes):
+    """67 images of 20 clients: 3 or 4 each."""
+    fields = {**FIELDS, "num_clients": 20, "classes_per_client": classes, "nopeek": {"weight": 1.0}}
+    with pytest.raises(InputError, match=r"config.nopeek.weight = 1.0: a client holds [1-3] image"):
+        dealt(npz, **fields)
+    dealt(npz, **{**fields, "num_clients": 5})
+
+
+def dealt(npz: Path, **fields) -> None:
+    raw = default_config()
+    raw.update({"dataset": f"npz:{npz}", **tiny.FIELDS, **fields})
+    config = check_types(raw)
+    deal(config, prepare(config))
 
 
 def test_nopeek_alone_leaves_clients_stateless(npz):

@@ -340,7 +340,7 @@ def test_clients_that_keep_nothing_cannot_have_a_state():
 def test_a_frozen_client_cannot_have_an_extra_gradient():
     with pytest.raises(ValueError, match="frozen"):
         ClientSide(tiny_model().client, SGD, EMA, frozen=True, extra_gradient=Pull())
-    assert ClientSide(tiny_model().client, SGD, EMA, frozen=True, release=doubled).draws
+    assert ClientSide(tiny_model().client, SGD, EMA, frozen=True, release=doubled).needs_key
 
 
 # ------------------------------------------------------------------------------------ without hooks

@@ -55,7 +55,7 @@ def trained(config: Config, seed: int = 1) -> Variables:
     """Parameters that no seed of a run gives."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(model_of(config).init, jax.random.key(1))
-    return jax.tree.map(lambda x: rng.uniform(0.1, 0.9, x.shape).astype(np.float32), shapes)
+    return jax.tree.map(lambda x: rng.uniform(-0.8, 0.9, x.shape).astype(np.float32), shapes)
 
 
 def write(file: Path, npz: Path, **fields) -> Path:
@@ -336,7 +336,11 @@ def test_a_run_resumes_without_its_source(npz, frozen, tmp_path, stop_at, capsys
     with pytest.raises(InputError, match="missing"):
         run(tmp_path / "new", npz, **fields)
 
+    # What lies at its path now does not matter, whole or not.
+    source.mkdir()
+    shutil.copy(other, source / "encoder.safetensors")
     run(tmp_path / "run", npz, **fields)
     assert without_speed(lines(tmp_path / "run")) == without_speed(lines(whole))
+    (source / "encoder.safetensors").write_text("damaged")
     run(tmp_path / "run", npz, **fields)
     assert "this run is complete" in capsys.readouterr().out

@@ -98,6 +98,17 @@ def test_the_decoder_of_the_best_epoch_is_kept(monkeypatch):
     assert found.mse.mean() == true[1] != true[3]
 
 
+def test_an_epoch_without_a_finite_error_is_never_the_best(monkeypatch):
+    run, errors = Inverted(0.0), iter([np.nan, 3.0, np.nan, 4.0, np.inf])
+
+    def scripted(*args):
+        found = evaluate(*args)
+        return found._replace(mse=np.full_like(found.mse, next(errors)))
+
+    monkeypatch.setattr(inversion, "evaluate", scripted)
+    assert run.trained().epoch == run.epochs[1]
+
+
 def test_an_attacker_learns_less_from_noise():
     quiet, noisy = (Inverted(noise) for noise in (0.0, 3.0))
     errors = [run.trained().epoch.validation_mse for run in (quiet, noisy)]

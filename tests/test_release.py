@@ -196,13 +196,13 @@ def test_the_stages_follow_one_another():
 
 def test_evaluation_leaves_out_what_is_random():
     every = Release(clip_norm=1.0, dropped=0.5, noise_std=1.0, bits=8)
-    assert every.draws
+    assert every.is_random
     assert every.deterministic() == Release(clip_norm=1.0, dropped=0.5, bits=8)
     random = Release(dropped=0.5, pruning="random", bits=4)
-    assert random.draws
+    assert random.is_random
     rest = random.deterministic()
-    assert rest is not None and (rest.dropped, rest.bits, rest.draws) == (0, 4, False)
-    assert Release(clip_norm=1.0, dropped=0.5, bits=8).draws is False
+    assert rest is not None and (rest.dropped, rest.bits, rest.is_random) == (0, 4, False)
+    assert Release(clip_norm=1.0, dropped=0.5, bits=8).is_random is False
     assert Release(dropped=0.5, pruning="random").deterministic() is None
     x = latents()
     np.testing.assert_array_equal(apply(rest, x, None), released(Release(bits=4), x))

@@ -37,6 +37,13 @@ def test_it_is_that_of_scikit_image(size):
     np.testing.assert_allclose(found, oracle(a, b), rtol=0, atol=2e-6)
 
 
+def test_the_window_is_computed_in_full_float32():
+    """An accelerator's default would round pixels to 10 bits, and variances are differences."""
+    image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    products = [x for x in jax.jit(ssim).lower(image, image).as_text().splitlines() if "dot_g" in x]
+    assert len(products) == 2 and all("HIGHEST" in line for line in products)
+
+
 def test_an_image_is_like_itself_only():
     a, b = (jnp.asarray(x, jnp.float32) for x in pair(9, 12))
     np.testing.assert_allclose(ssim(a, a), 1, atol=1e-6)

@@ -108,6 +108,15 @@ def test_the_same_command_goes_on_where_a_command_failed(sweep, tmp_path, capsys
     assert capsys.readouterr().out.startswith("1 of 1 runs are finished already\n1 run")
 
 
+def test_a_run_that_came_out_otherwise_gets_its_commands_again(sweep, tmp_path, capsys):
+    assert main(sweep(commands=(A,)), FAKE) == 0
+    path = tmp_path / "sweep" / "runs" / "num_clients=4,seed=0" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "encoder": "another"}))
+    before = calls(tmp_path)
+    assert main(sweep(commands=(A,)), FAKE) == 0
+    assert calls(tmp_path) == {2: before[2], 4: [*before[4], before[4][-1]]}
+
+
 def test_a_finished_run_gets_what_is_new_alone(sweep, tmp_path, capsys):
     assert main(sweep(commands=(A,)), FAKE) == 0
     assert main(sweep(commands=(B, A)), FAKE) == 0
@@ -218,6 +227,13 @@ def test_a_dry_run_shows_them(sweep, capsys):
         ("commands", (f"{A} --workdir=x",), "without --workdir"),
         ("commands", (3,), "config.commands = 3"),
         ("commands", None, "config.commands = None: a value is needed"),
+        (
+            "commands",
+            ("mocosfl_jax.attack --decoder=N4",),
+            "'mocosfl_jax.attack --decoder=N4': --decoder",
+        ),
+        ("commands", ("mocosfl_jax.attack --decodr=x",), "Unknown command line flag 'decodr'"),
+        ("fixed.init_from", "nowhere", "nowhere = 'missing': a run writes it with its check"),
         ("more_commands", ({"cut": (1,), "commands": (A,)},), "config.more_commands"),
         ("more_commands", ({"num_clients": (2,), "seeds": (1,)},), "and commands: "),
         ("scatter", ("linear_top1",), "config.scatter = ('linear_top1',): two numbers"),
@@ -283,6 +299,22 @@ def test_the_table_with_a_column_a_number(tmp_path, capsys):
         "- B,seed=5: no output",
     ]
     assert {path.name for path in tmp_path.glob("*.png")} == {"report.png", "scatter.png"}
+
+
+def test_notes_of_the_runs_stand_below_the_table(tmp_path, capsys):
+    """So does what an epsilon covers, which the long form has beside it."""
+    finished_sweep(tmp_path)
+    ledger, note = "epsilon 9 at delta 1e-05: latents only", "accuracies are without noise"
+    for name, notes in (("A,seed=3", [ledger, note]), ("A,seed=5", [ledger]), ("B,seed=3", [note])):
+        path = tmp_path / "runs" / name / "summary.json"
+        scope = {"epsilon": 9.0, "epsilon_scope": "latents only"} if ledger in notes else {}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **scope, "notes": notes}))
+    assert main(["sweep", "--workdir", str(tmp_path), "--report"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert f"A: {ledger}." in said and f"A, B: {note}." in said
+    with (tmp_path / "report.csv").open() as file:
+        rows = {row["run"]: (row["epsilon"], row["epsilon_scope"]) for row in csv.DictReader(file)}
+    assert rows["A,seed=3"] == ("9.0", "latents only") and rows["B,seed=3"] == ("", "")
 
 
 def test_the_long_form_has_the_numbers_of_all_attacks(tmp_path):

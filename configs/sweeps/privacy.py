@@ -7,7 +7,7 @@
 Each run trains 20 clients for 1,000 steps and is then attacked. TAResSFL starts from the runs of
 the first command, in that very folder, which have seen 0, 250 or 500 training images of CIFAR-10.
 
-Without another cut in its name a row has cut 1, but for TAResSFL with 2. At cut 1 an untrained
+Rows have cut 1 unless their name says otherwise; TAResSFL has cut 2. At cut 1 an untrained
 client's latents of an image (16x16x32) have a median L2 norm of 64, and nine in ten are within 5 %
 of it. So `clip.norm` is 64 where there is noise, whose deviation of 0.2, 0.6 or 1.9 is to be seen
 beside the 0.7 that latents have as their root mean square. With the bottleneck C4S2 (8x8x4) the

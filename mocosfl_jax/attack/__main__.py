@@ -22,9 +22,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 
+from mocosfl_jax.attack.commandline import options_of, parse_command
 from mocosfl_jax.attack.images import AttackImages, choose_images
 from mocosfl_jax.attack.inversion import (
     Attack,
@@ -36,15 +38,21 @@ from mocosfl_jax.attack.inversion import (
 )
 from mocosfl_jax.attack.options import Options
 from mocosfl_jax.attack.quality import quality_of_one
-from mocosfl_jax.attack.report import PICTURED, AttackFolder, Report, report_of, table
+from mocosfl_jax.attack.report import (
+    PICTURED,
+    AttackFolder,
+    Report,
+    identity_of,
+    report_of,
+    table,
+)
 from mocosfl_jax.attack.victim import Victim, read_run, read_victim
 from mocosfl_jax.config.data import partition_of, prepare
-from mocosfl_jax.config.types import value_types
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.data.fingerprint import difference
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.models.decoder import Decoder
-from mocosfl_jax.run.commandline import parse
+from mocosfl_jax.run.checkpoint import saved_steps
 from mocosfl_jax.run.console import quiet_libraries, unbreakable_output
 from mocosfl_jax.run.processes import use_compilation_cache
 from mocosfl_jax.run.progress import SECONDS_BETWEEN_LINES
@@ -57,7 +65,7 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
     try:
-        values = _parse(argv)
+        values = parse_command(argv)
         if values.help:
             print(__doc__)
             return 0
@@ -79,21 +87,27 @@ def _end(reason: object, status: int) -> int:
 
 def _command(values: flags.FlagValues) -> int:
     """Raises: InputError; DivergedError; StorageError."""
-    options = Options(**{name: getattr(values, name) for name in value_types(Options)})
+    options = options_of(values)
     workdir = Path(os.path.expanduser(values.workdir)).absolute()
     folder = AttackFolder(workdir, values.name or options.default_name)
     stored = read_run(workdir)
     use_compilation_cache(stored.config.compilation_cache)
-    victim = read_victim(workdir, stored, values.step, options.client)
-    folder.check_free(options, victim)
+    step = folder.step if values.step is None else values.step  # the run may have gone on
     report = folder.finished()
+    if report is None or step in saved_steps(workdir / "checkpoints"):
+        victim = read_victim(workdir, stored, step, options.client)
+        identity = identity_of(options, victim)
+        folder.check(identity)
+    else:
+        folder.check({"step": step, **dataclasses.asdict(options)})
     if report is not None:
         print("this attack is complete")
     else:
         dataset, images = _load(options, victim, stored, values.data_dir)
-        with hold(folder.path):
-            folder.begin(options, victim)
-            report = _attack(options, victim, dataset, images, folder)
+        with hold(folder.path, "--name"):
+            folder.check(identity)  # another process may have been quicker
+            folder.begin(identity)
+            report = folder.finished() or _attack(options, victim, dataset, images, folder)
     print(table(report))
     print(f"written to {folder.path}")
     return 0
@@ -124,7 +138,7 @@ def _attack(
 
     Raises: DivergedError; StorageError.
     """
-    config, participant = victim.config, victim.participant
+    config, participant = victim.config, jax.device_put(victim.participant)
     attack = Attack(
         send=victim.method.sent,
         decoder=Decoder(options.decoder_shape, config.image_size),
@@ -153,8 +167,9 @@ def _attack(
         evaluate(attack, trained.variables, participant, targets),
         quality_of_one(mean_image.astype(np.float32), targets),
     )
-    first = next(reconstruct(attack, trained.variables, participant, targets))[:PICTURED]
-    folder.finish(report, trained, targets[: len(first)], np.asarray(first))
+    shown = targets[:PICTURED]
+    answers = np.concatenate(list(reconstruct(attack, trained.variables, participant, shown)))
+    folder.finish(report, trained, shown, answers)
     return report
 
 
@@ -171,31 +186,6 @@ def _progress(epochs: int) -> Callable[[Epoch], None]:
             print(f"epoch {epoch.number} of {epochs}: {errors}", flush=True)
 
     return report
-
-
-# ---------------------------------------------------------------------------------------- flags
-
-
-def _define_flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    flags.DEFINE_string("name", None, "Of the attack.", flag_values=values)
-    flags.DEFINE_integer("step", None, "Of the checkpoint.", flag_values=values)
-    flags.DEFINE_string("data_dir", None, "Of TFDS.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
-    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-    for name, held in value_types(Options).items():
-        define[held.kind](name, getattr(Options, name), "See Options.", flag_values=values)
-    return values
-
-
-def _parse(argv: list[str]) -> flags.FlagValues:
-    """Raises: InputError: as `parse`, or there is no --workdir."""
-    values = _define_flags()
-    parse(values, argv)
-    if not values.workdir and not values.help:
-        raise InputError("--workdir", values.workdir, "the folder of a run is needed")
-    return values
 
 
 if __name__ == "__main__":

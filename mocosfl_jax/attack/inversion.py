@@ -1,4 +1,4 @@
-"""Model inversion: a decoder learns to answer latents with the images that they were made of.
+"""Model inversion: a decoder learns to reconstruct images from their latents.
 
 The attacker knows the client's model and what the client does to latents before they leave: the
 client's forward pass is part of each step, on a batch of the attacker's own images. Noise is drawn
@@ -19,6 +19,7 @@ import optax
 from numpy.typing import NDArray
 
 from mocosfl_jax.attack.quality import Quality, joined, pixels, quality
+from mocosfl_jax.data.augment import normalise
 from mocosfl_jax.models.decoder import Decoder
 from mocosfl_jax.randomness import Stream, device_key, host_rng
 
@@ -47,10 +48,8 @@ class Attack:
 
     def latents(self, participant: Tree, pixels_BHWC: jax.Array, key: jax.Array) -> jax.Array:
         """What the server sees of images with pixels in [0, 1]."""
-        mean, std = (
-            jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (self.mean, self.std)
-        )
-        return cast(jax.Array, self.send(participant, (pixels_BHWC - mean) / std, key))
+        mean, std = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
+        return cast(jax.Array, self.send(participant, normalise(pixels_BHWC, mean, std), key))
 
     def key(self, purpose: int, *ids: int) -> jax.Array:
         key = device_key(self.seed, Stream.ATTACK)
@@ -121,9 +120,11 @@ def train_decoder(
         errors = evaluate(attack, state.variables, participant, validate_nHWC, _VALIDATE).mse
         epoch = Epoch(number, float(train_mse), float(errors.mean(dtype=np.float64)))
         report(epoch)
-        if best is None or not epoch.validation_mse >= best.epoch.validation_mse:
+        if math.isfinite(epoch.validation_mse) and (
+            best is None or epoch.validation_mse < best.epoch.validation_mse
+        ):
             best = Trained(state.variables, epoch)
-    if best is None or not math.isfinite(best.epoch.validation_mse):
+    if best is None:
         raise DivergedError("the decoder's error on the validation images is not finite")
     return best
 
@@ -186,7 +187,8 @@ def _pixels(images: jax.Array) -> jax.Array:
 def _init(attack: Attack, participant: Tree, image_1HWC: jax.Array) -> _State:
     """image_1HWC: any one, for its shape."""
     key = attack.key(_INIT)
-    latents = attack.latents(participant, _pixels(image_1HWC), key)
+    shape = jax.eval_shape(attack.latents, participant, _pixels(image_1HWC), key)
+    latents = jnp.zeros(shape.shape, shape.dtype)
     variables = attack.decoder.init(key, latents, jnp.ones(1, bool), False)
     return _State(variables, optax.adam(attack.learning_rate).init(variables["params"]))
 

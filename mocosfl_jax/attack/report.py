@@ -25,6 +25,7 @@ from mocosfl_jax.attack.quality import Quality
 from mocosfl_jax.attack.victim import Victim
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.machine import versions
+from mocosfl_jax.run.checkpoint import digest
 from mocosfl_jax.run.storage import read_json, write_bytes, write_json
 
 Report = dict[str, Any]
@@ -50,25 +51,36 @@ class AttackFolder:
         self._begun = self.path / "begun.json"
         self._report = self.path / "attack.json"
 
-    def check_free(self, options: Options, victim: Victim) -> None:
-        """Raises: InputError: it is another attack's, or has files that cannot be read."""
+    @property
+    def step(self) -> int | None:
+        """Of the checkpoint that the attack in it began with; None: none has begun.
+
+        Raises: InputError: a file that cannot be read.
+        """
+        return read_json(self._begun).get("step") if self._begun.exists() else None
+
+    def check(self, mine: dict[str, Any]) -> None:
+        """Args: mine: `identity_of` an attack, or a part of it.
+
+        Raises: InputError: it is another attack's, or has files that cannot be read.
+        """
         if not self._begun.exists():
             return
-        begun, mine = read_json(self._begun), _identity(options, victim)
-        if begun.get("run") != mine["run"]:
+        begun = read_json(self._begun)
+        if begun.get("run") != mine.get("run", begun.get("run")):
             raise InputError("--name", self.name, "it holds an attack on another run: another name")
-        changed = [
-            f"--{name} {begun.get(name)!r} -> {mine.get(name)!r}"
-            for name in mine
-            if begun.get(name) != mine[name]
-        ]
+        changed = [name for name in mine if begun.get(name) != mine[name]]
+        if changed == [_STATE]:
+            allowed = "the run has been trained anew since this attack: another name"
+            raise InputError("--name", self.name, allowed)
         if changed:
-            allowed = f"it holds another attack ({', '.join(changed)}): another name, or those"
+            shown = [f"--{x} {begun.get(x)!r} -> {mine[x]!r}" for x in changed if x != _STATE]
+            allowed = f"it holds another attack ({', '.join(shown)}): another name, or those"
             raise InputError("--name", self.name, allowed)
 
-    def begin(self, options: Options, victim: Victim) -> None:
+    def begin(self, identity: dict[str, Any]) -> None:
         """Makes the folder this attack's. Raises: StorageError."""
-        write_json(self._begun, _identity(options, victim))
+        write_json(self._begun, identity)
 
     def finished(self) -> Report | None:
         """The report of an attack that is complete.
@@ -94,8 +106,18 @@ class AttackFolder:
         write_json(self._report, report)
 
 
-def _identity(options: Options, victim: Victim) -> dict[str, Any]:
-    return {"run": victim.run, "step": victim.step, **dataclasses.asdict(options)}
+_STATE = "client_state"
+
+
+def identity_of(options: Options, victim: Victim) -> dict[str, Any]:
+    """What tells an attack from others. client_state: a digest; a run that is trained again in its
+    folder may end elsewhere, on another machine say."""
+    return {
+        "run": victim.run,
+        _STATE: digest(victim.participant, {}),
+        "step": victim.step,
+        **dataclasses.asdict(options),
+    }
 
 
 def report_of(
@@ -117,7 +139,7 @@ def report_of(
     """
     ours, theirs = found.summary(), trivial.summary()
     return {
-        **_identity(options, victim),
+        **identity_of(options, victim),
         "client": victim.client,
         "latent_shape": list(victim.latent_shape),
         "auxiliary_images": len(images.train) + len(images.validate),

@@ -55,7 +55,7 @@ def read_victim(workdir: Path, stored: Stored, step: int | None, client: int | N
       stored: of `read_run`.
       step: of the checkpoint; None: the newest that is complete.
       client: its id; None: the first of the cohort in the middle of a round, else client 0.
-    Raises: InputError: no such checkpoint or client, or latents that no decoder can answer.
+    Raises: InputError: no such checkpoint or client, or latents that no decoder can invert.
     """
     config = stored.config
     assert isinstance(config, Resolved), "of read_run"
@@ -105,7 +105,7 @@ def _row(tree: Tree, index: int) -> Tree:
 
 
 def _latent_shape(config: Resolved, method: Method, participant: Tree) -> tuple[int, ...]:
-    """Raises: InputError: the method sends no latents, or no decoder can answer them."""
+    """Raises: InputError: the method sends no latents, or no decoder can invert them."""
     size = config.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     latents = jax.eval_shape(method.sent, participant, image, jax.random.key(0))

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocosfl_jax.config.fields import Config, Resolved
+from mocosfl_jax.config.recipe import find_recipe
 from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.dataset import DatasetInfo, Prepared
 from mocosfl_jax.data.mixture import with_mixture
@@ -65,12 +66,14 @@ def deal(config: Config, prepared: Prepared) -> tuple[Resolved, ClientImages]:
       config: passes `check_fields`; its unset fields are not filled.
       prepared: the data set that it names.
     Returns: the resolved config, and who holds which images.
-    Raises: InputError: as `partition_of` and `resolve`.
+    Raises: InputError: as `partition_of` and `resolve`, or a client holds too few images.
     """
     iid_only = config.classes_per_client is None and config.dirichlet_alpha is None
     labels = None if iid_only else prepared.train_labels()
     partition = partition_of(config, prepared.info.num_train, labels)
-    return resolve(config, prepared.info, partition), partition
+    resolved = resolve(config, prepared.info, partition)
+    find_recipe(config.method).check_holdings(resolved, partition)
+    return resolved, partition
 
 
 def partition_of(

@@ -1,4 +1,4 @@
-"""Sections for what a client does lest its images be read from its latents; all off by default.
+"""Sections for what a client does so that its latents reveal less; all off by default.
 
 The stages on what is sent follow one another: clip, prune, noise, quantize. Evaluation and the
 exported encoder apply them too, but for noise and random pruning.
@@ -34,8 +34,8 @@ class Prune:
     """The fields `config.prune.NAME`."""
 
     # Which latents of an image are dropped: `top_k`, all but the largest in magnitude, of which a
-    # bitmap is sent; `random`, by a mask whose key both sides know, the others divided by
-    # 1 - fraction.
+    # bitmap is sent (with noise all are sent: it would show which ones they are); `random`, by a
+    # mask whose key both sides know, the others divided by 1 - fraction.
     kind: Annotated[str, one_of(PRUNINGS)] = "top_k"
     # Share of an image's latents that is dropped, in [0, 1). 0: off.
     fraction: Annotated[float, FROM_0_BELOW_1] = 0.0
@@ -77,7 +77,7 @@ class ResSFL:
     # Weight of max(0, SSIM - threshold) in a client's loss (paper: 1 to 4), SSIM that of the images
     # which the client's own decoder makes of its query latents. 0: off.
     alpha: Annotated[float, AT_LEAST_0] = 0.0
-    # SSIM up to which the attacker is put up with (paper: 0.5 or 0.6).
+    # SSIM of the attacker up to which the term is 0 (paper: 0.5 or 0.6).
     threshold: Annotated[float, SSIMS] = 0.6
     # The decoder: `res_normN{blocks}C{channels}` or `conv_normN{blocks}C{channels}`.
     decoder: str = "res_normN4C64"

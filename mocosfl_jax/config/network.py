@@ -50,4 +50,4 @@ def sent_shape(config: Config) -> tuple[int, int, int]:
     shape = parse_bottleneck(config.bottleneck)
     if shape is None:
         return height, width, channels
-    return height // shape.stride, width // shape.stride, shape.channels
+    return -(-height // shape.stride), -(-width // shape.stride), shape.channels

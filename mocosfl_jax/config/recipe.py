@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from flax.core import FrozenDict
 
 from mocosfl_jax.config.fields import METHOD_FIELDS, Config, Resolved
+from mocosfl_jax.data.partition import ClientImages
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.axes import Axes
 from mocosfl_jax.federated.contract import Method
@@ -50,6 +51,7 @@ class Recipe:
     rules: values of the fields that it reads, where they are unset. The fields that all methods
       share are filled already; values of other fields than those in `reads` are ignored.
     check: raises InputError for values that contradict each other.
+    check_holdings: raises InputError where clients hold too few images for the method.
     sections: by name, frozen dataclasses whose fields have defaults, and ranges like those of
       `Config`; they become `config.NAME.FIELD`.
     facts: what it says of a run. Its second argument counts how often the most often drawn image
@@ -63,6 +65,7 @@ class Recipe:
     build: Callable[[Resolved, Axes, int], Method]
     rules: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     check: Callable[[Resolved], None] = lambda config: None
+    check_holdings: Callable[[Resolved, ClientImages], None] = lambda config, partition: None
     sections: Mapping[str, type] = FrozenDict()
     facts: Callable[[Resolved, Callable[[], int]], Facts] = lambda config, most_draws: Facts()
     memory_hints: Mapping[str, tuple[str, str]] = FrozenDict()

@@ -53,7 +53,7 @@ class Release:
     bits: int = FULL_BITS
 
     @property
-    def draws(self) -> bool:
+    def is_random(self) -> bool:
         """Whether what is released is random."""
         return self.noise_std > 0 or (self.dropped > 0 and self.pruning == "random")
 
@@ -74,7 +74,7 @@ class Release:
     def __call__(self, latents_BHWC: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """What the server gets instead of these latents, of the same shape and dtype.
 
-        Args: key: needed where the release `draws`.
+        Args: key: needed where the release `is_random`.
         """
         prune_key, noise_key = (None, None) if key is None else jax.random.split(key)
         x_BF = latents_BHWC.reshape(len(latents_BHWC), -1).astype(jnp.float32)

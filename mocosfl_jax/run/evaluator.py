@@ -72,7 +72,7 @@ class Evaluator:
             results["linear_top1_best_test_epoch"] = result.top1_best_test_epoch
             self._metrics.add(step, linear_top1=result.top1_last)
         release = release_of(config)
-        if release is not None and release.draws:
+        if release is not None and release.is_random:
             results |= self._released(self._encoded(variables, data, release), data)
         return results
 

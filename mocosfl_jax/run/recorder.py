@@ -12,7 +12,7 @@ from mocosfl_jax.federated.contract import Metric
 from mocosfl_jax.federated.dispatch import DispatchOutput
 from mocosfl_jax.run.checkpoint import Clock
 from mocosfl_jax.run.feed import Dispatch
-from mocosfl_jax.run.metrics import Metrics
+from mocosfl_jax.run.metrics import Line, Metrics
 from mocosfl_jax.run.progress import Progress
 
 
@@ -94,7 +94,12 @@ class Recorder:
                 images_per_second=images / seconds,
             )
         losses = metrics.get("loss", {})
-        self._note_losses(dispatch, [losses.get(index) for index in range(len(rates))])
+        self._note_losses(
+            dispatch.round,
+            [losses.get(index) for index in range(len(rates))],
+            dispatch.begins_round,
+            dispatch.ends_round,
+        )
         self._progress.advance(len(rates), losses.get(len(rates) - 1), images / seconds)
 
     def check(self) -> None:
@@ -102,17 +107,34 @@ class Recorder:
         if self._collapsed:
             raise CollapseError(self._collapsed)
 
-    def _note_losses(self, dispatch: Dispatch, losses: list[float | None]) -> None:
-        """Args: losses: of each step of the dispatch."""
+    def recall(self, lines: dict[int, Line], step: int, steps_per_round: int) -> None:
+        """Takes note of the last round that a resumed run has ended, and of the one that it is in.
+
+        Args: lines: of metrics.jsonl, by step. step: the last one. steps_per_round: of the run.
+        """
+        losses = {s: lines.get(s, {}).get("loss") for s in range(1, step + 1)}
+        ended, more = divmod(step, steps_per_round)
+        if ended:
+            last = range(step - more - steps_per_round + 1, step - more + 1)
+            self._note_losses(ended - 1, [losses[s] for s in last], begins=True, ends=True)
+        if more:
+            begun = range(step - more + 1, step + 1)
+            self._note_losses(ended, [losses[s] for s in begun], begins=True, ends=False)
+
+    def _note_losses(
+        self, round_: int, losses: list[float | None], begins: bool, ends: bool
+    ) -> None:
+        """Args: losses: of successive steps of a round. begins, ends: whether they are its first
+        and its last ones."""
         chance = self._chance
         if chance is None:
             return
         here = all(x is not None and abs(x - chance) <= AT_CHANCE * chance for x in losses)
-        self._at_chance = here and (self._at_chance or dispatch.begins_round)
-        if self._at_chance and dispatch.ends_round:
+        self._at_chance = here and (self._at_chance or begins)
+        if self._at_chance and ends:
             self._collapsed = (
                 f"the loss was {chance:.4f}, that of chance, in every step of round"
-                f" {dispatch.round}: the network has collapsed"
+                f" {round_}: the network has collapsed"
             )
 
     def close(self) -> None:

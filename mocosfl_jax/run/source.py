@@ -43,7 +43,8 @@ def with_init_digest(config: Resolved, stored: Config | None) -> Resolved:
     if config.init_from is None:
         return config
     known = None if stored is None else stored.init_digest
-    if known is not None and not file_of(config.init_from).exists():
+    same = stored is not None and config.init_from == stored.init_from
+    if known is not None and (same or not file_of(config.init_from).exists()):
         return dataclasses.replace(config, init_digest=config.init_digest or known)
     return dataclasses.replace(config, init_digest=load_source(config).digest)
 

@@ -233,9 +233,10 @@ def _kind(dataset: str) -> str:
     return scheme if path and scheme in ("folder", "npz") else dataset
 
 
-def hold(folder: Path) -> TextIO:
+def hold(folder: Path, flag: str = "--workdir") -> TextIO:
     """Makes a folder this process's own until the returned file is closed or the process ends.
 
+    Args: flag: of the command line, that chose the folder.
     Raises: InputError: the folder cannot be written, or is in use by a running process.
     """
     try:
@@ -243,13 +244,13 @@ def hold(folder: Path) -> TextIO:
         lock = (folder / ".lock").open("w")
     except (OSError, ValueError) as error:  # ValueError: a null byte
         allowed = f"cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise InputError("--workdir", str(folder), allowed) from None
+        raise InputError(flag, str(folder), allowed) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
         allowed = "in use by a running process; wait or take another"
-        raise InputError("--workdir", str(folder), allowed) from None
+        raise InputError(flag, str(folder), allowed) from None
     return lock
 
 

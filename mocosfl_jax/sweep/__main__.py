@@ -53,7 +53,8 @@ def main(argv: list[str], program: Sequence[str] = PROGRAM) -> int:
             print(counted(len(runs)))
             return 0
         folder = SweepFolder(values.workdir)
-        configs = check(runs, [name for name in runs if folder.is_finished(name)])
+        finished = [name for name in runs if folder.is_finished(name)]
+        configs = check(runs, finished, folder.stored_config)
         with folder.hold() as lock:
             engine = _engine(values, folder, lock.fileno())
             for name in folder.claim(values.config, runs, configs):

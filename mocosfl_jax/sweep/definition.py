@@ -16,6 +16,7 @@ from urllib.parse import quote
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from mocosfl_jax.attack.commandline import check_arguments
 from mocosfl_jax.config import Config, check_types, default_config
 from mocosfl_jax.config.checks import check_fields
 from mocosfl_jax.config.data import data_options, deal
@@ -25,6 +26,7 @@ from mocosfl_jax.data.dataset import Prepared
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.numbers import ATTACK_NUMBERS, NUMBERS, number_of
 from mocosfl_jax.run.commandline import define_flags, parse
+from mocosfl_jax.run.source import with_init_digest
 
 Fields = dict[str, Any]
 """Values of config fields by name; a field of a section is named `section.field`."""
@@ -158,11 +160,17 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
     return {run.name: run for _, run in sorted(ranked, key=lambda pair: pair[0])}
 
 
-def check(runs: dict[str, Run], finished: Collection[str] = ()) -> dict[str, Config]:
+def check(
+    runs: dict[str, Run],
+    finished: Collection[str] = (),
+    stored: Callable[[str], Config | None] = lambda name: None,
+) -> dict[str, Config]:
     """The config of each run, unset fields left unset, after the checks that `main` makes before it
     builds the method.
 
-    Args: finished: names of runs whose data need not be there any more.
+    Args:
+      finished: names of runs whose data need not be there any more.
+      stored: the config of a run that has begun, by its name, else None.
     Raises: InputError: names the field, its value, what is allowed, and the run.
     """
     prepared: dict[Any, Prepared] = {}
@@ -177,16 +185,20 @@ def check(runs: dict[str, Run], finished: Collection[str] = ()) -> dict[str, Con
         return prepared[key]
 
     return {
-        name: _checked(run, None if name in finished else prepare) for name, run in runs.items()
+        name: _checked(run, None if name in finished else prepare, stored(name))
+        for name, run in runs.items()
     }
 
 
-def _checked(run: Run, prepare: Callable[[Config], Prepared] | None) -> Config:
+def _checked(
+    run: Run, prepare: Callable[[Config], Prepared] | None, stored: Config | None
+) -> Config:
     try:
         config = check_types(_load(run))
         if prepare is not None:
             check_fields(config)
-            deal(config, prepare(config))
+            resolved, _ = deal(config, prepare(config))
+            with_init_digest(resolved, stored)
     except InputError as error:
         error.args = (f"{error} (run {run.name})",)
         raise
@@ -341,6 +353,12 @@ def _check_commands(commands: Iterable[Any]) -> None:
         if not _can_follow(command):
             allowed = "a module that exists and its options, without --workdir, are needed"
             raise InputError("config.commands", command, allowed)
+        module, *options = shlex.split(command)
+        if module == "mocosfl_jax.attack":
+            try:
+                check_arguments(options)
+            except InputError as error:
+                raise InputError("config.commands", command, str(error)) from None
 
 
 def _can_follow(command: Any) -> bool:

@@ -33,6 +33,10 @@ _FORMER_DEFAULTS = {
 """Defaults that older definitions store for fields that are now unset and filled by a rule."""
 
 
+_SAME_RUN = {"run": "run", "step": "steps"}
+"""Fields of an attack's report and of a run's summary that agree if the attack was on its end."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One run of a sweep as the report sees it."""
@@ -79,9 +83,19 @@ class SweepFolder:
         ended = self._ended(name)
         return [command for command in commands if command not in ended]
 
+    def stored_config(self, name: str) -> Config | None:
+        """Of a run that has begun.
+
+        Raises: InputError: a file that cannot be read.
+        """
+        path = self.run_path(name) / "config.json"
+        return config_from_json(read_json(path), str(path)) if path.exists() else None
+
     def record_command(self, name: str, command: str) -> None:
         """Notes that a command has ended well. Raises: StorageError."""
-        write_json(self._commands_path(name), {"ended_well": [*self._ended(name), command]})
+        ended = [*self._ended(name), command]
+        noted = {"encoder": self._encoder(name), "ended_well": ended}
+        write_json(self._commands_path(name), noted)
 
     def claim(
         self, sweep: ConfigDict, runs: Mapping[str, Run], configs: Mapping[str, Config]
@@ -132,7 +146,7 @@ class SweepFolder:
             config=flat_fields(run["config"]),
             finished=self.is_finished(name, run.get("commands", ())),
             summary=summary,
-            attacks={} if summary is None else self._attacks(name, summary.get("steps")),
+            attacks={} if summary is None else self._attacks(name, summary),
             last_words=last_line(self.log_path(name)),
         )
 
@@ -142,8 +156,8 @@ class SweepFolder:
     def _summary(self, name: str) -> dict[str, Any] | None:
         return read_json(self._summary_path(name)) if self.is_finished(name) else None
 
-    def _attacks(self, name: str, step: int | None) -> dict[str, Any]:
-        """Those on the checkpoint of this step. Raises: InputError: a file that is no JSON."""
+    def _attacks(self, name: str, summary: dict[str, Any]) -> dict[str, Any]:
+        """Those on the trained run. Raises: InputError: a file that is no JSON."""
         reports = {
             path.parent.name: read_json(path)
             for path in sorted(self.run_path(name).glob("attack/*/attack.json"))
@@ -151,7 +165,7 @@ class SweepFolder:
         return {
             f"attack/{attack}/{field}": value
             for attack, report in reports.items()
-            if report.get("step") == step
+            if all(report.get(ours) == summary.get(its) for ours, its in _SAME_RUN.items())
             for field, value in flat_fields(report).items()
         }
 
@@ -159,8 +173,16 @@ class SweepFolder:
         return self.run_path(name) / "commands.json"
 
     def _ended(self, name: str) -> list[str]:
+        """None if the run has been trained anew since then, and has come out otherwise."""
         path = self._commands_path(name)
-        return read_json(path).get("ended_well", []) if path.exists() else []
+        noted = read_json(path) if path.exists() else {}
+        same = noted.get("encoder") == self._encoder(name)
+        return noted.get("ended_well", []) if same else []
+
+    def _encoder(self, name: str) -> str | None:
+        """Digest of the run's encoder."""
+        path = self._summary_path(name)
+        return read_json(path).get("encoder") if path.exists() else None
 
     def _check_left_out(self, stored: Collection[str], runs: Collection[str]) -> list[str]:
         """The stored runs that the sweep no longer has; raises InputError if one is finished."""
@@ -182,11 +204,11 @@ class SweepFolder:
                 if getattr(config, field) is None and values.get(field, default) == default:
                     values[field] = None
         old = config_from_json(values, f"{self.definition_path}: {name}")
-        path = self.run_path(name) / "config.json"
-        if path.exists():
+        begun = self.stored_config(name)
+        if begun is not None:
             filled: dict[str, Any] = {
                 field: value
-                for field, value in vars(config_from_json(read_json(path), str(path))).items()
+                for field, value in vars(begun).items()
                 if getattr(old, field) is None and getattr(config, field) is not None
             }
             old = dataclasses.replace(old, **filled)

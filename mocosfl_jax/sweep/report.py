@@ -77,7 +77,7 @@ def long_form(records: Sequence[Record], columns: str, metrics: Sequence[str]) -
     varied = [name for record in records for name in record.cell]
     fields = unique(varied if columns == METRICS else [columns, *varied])
     always = [number.name for number in NUMBERS.values() if number.in_csv]
-    results = unique([*metrics, *always, *_of_attacks(records), "device"])
+    results = unique([*metrics, *always, *_of_attacks(records), "epsilon_scope", "device"])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "variant", *fields, "seed", "status", *results])
@@ -162,6 +162,7 @@ def _notes(records: Sequence[Record], table: Table) -> list[str]:
     sizes = sorted({s["test_images"] for s in summaries if s.get("test_images")})
     if sizes and any(cell.values for cell in accuracies):
         notes.append(f"Accuracy on {' or '.join(f'{n:,}' for n in sizes)} test images.")
+    notes += _of_methods(records)
     if "knn_top1" in table.metrics and (at_init := _at_init(records)).values:
         notes.append(f"kNN at the start, top-1 %: {at_init}.")
     if any(cell.finished and not cell.values for cell in table.cells.values()):
@@ -170,6 +171,15 @@ def _notes(records: Sequence[Record], table: Table) -> list[str]:
             " (images/s of version 0.1.0) counted padding."
         )
     return notes
+
+
+def _of_methods(records: Sequence[Record]) -> list[str]:
+    """What the methods say of their runs, once each, with the variants that it is about."""
+    about: dict[str, list[str]] = {}
+    for record in records:
+        for note in (record.summary or {}).get("notes", ()):
+            about.setdefault(note, []).append(record.variant or record.name)
+    return [f"{', '.join(unique(names))}: {note}." for note, names in about.items()]
 
 
 def _at_init(records: Sequence[Record]) -> Cell:

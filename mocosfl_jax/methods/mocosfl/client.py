@@ -92,7 +92,7 @@ class ClientSide:
             raise ValueError("a frozen client has no use for an extra gradient")
 
     @property
-    def draws(self) -> bool:
+    def needs_key(self) -> bool:
         """Whether a step needs a PRNG key."""
         return self.release is not None or self.extra_gradient is not None
 

@@ -6,12 +6,14 @@ from mocosfl_jax.config.defences import Noise, NoPeek, ResSFL, defence, release_
 from mocosfl_jax.config.fields import Resolved
 from mocosfl_jax.config.network import sent_shape
 from mocosfl_jax.config.recipe import Facts
+from mocosfl_jax.data.partition import ClientImages
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.learning.losses import LOSSES
 from mocosfl_jax.methods.mocosfl.client import ExtraGradient
 from mocosfl_jax.models.decoder import doublings, parse_decoder
 from mocosfl_jax.privacy import nopeek
 from mocosfl_jax.privacy.accounting import epsilon_of
+from mocosfl_jax.privacy.release import FULL_BITS, Release
 from mocosfl_jax.privacy.simulated import SimulatedAttacker, simulated_decoder
 from mocosfl_jax.privacy.together import Together
 
@@ -42,6 +44,17 @@ def _check_nopeek(config: Resolved) -> None:
     if images < nopeek.LEAST_IMAGES:
         allowed = f"a client has {images} images a step, and {nopeek.LEAST_IMAGES} are needed"
         raise InputError("config.nopeek.weight", weight, f"{allowed}: set config.batch_size")
+
+
+def check_holdings(config: Resolved, partition: ClientImages) -> None:
+    """Raises: InputError: a client that takes part has too few images for a defence."""
+    weight = defence(config, NoPeek).weight
+    if not weight:
+        return
+    held = partition.sizes[partition.sizes > 0] + (config.mix_batch_size or 0)
+    if (fewest := int(held.min())) < nopeek.LEAST_IMAGES:
+        allowed = f"a client holds {fewest} images, and {nopeek.LEAST_IMAGES} are needed"
+        raise InputError("config.nopeek.weight", weight, f"{allowed}: fewer config.num_clients")
 
 
 def _check_ressfl(config: Resolved) -> None:
@@ -94,11 +107,11 @@ def facts(config: Resolved, most_draws: Callable[[], int]) -> Facts:
     says something of the run only where clients are frozen.
     """
     release, noise = release_of(config), defence(config, Noise)
-    if release is None or not release.draws:
+    if release is None:
         return Facts()
-    note = "accuracies are without noise and random pruning, except where a line names them"
+    notes = _of_accuracies(release)
     if not noise.multiplier:
-        return Facts(notes=(note,))
+        return Facts(notes=notes)
     norm = release.largest_norm()
     assert norm is not None, "there is no noise without clipping"
     released = most_draws() * 2 * LOSSES[config.loss].rows
@@ -114,4 +127,32 @@ def facts(config: Resolved, most_draws: Callable[[], int]) -> Facts:
         f"epsilon {epsilon:.4g} at delta {noise.delta:g} for one image,"
         f" of which {released} latents are sent at most: {scope}"
     )
-    return Facts(values, (ledger, note))
+    return Facts(values, (ledger, *_not_covered(config), *notes))
+
+
+def _of_accuracies(release: Release) -> tuple[str, ...]:
+    """With which of the stages an encoder is evaluated."""
+    stays, notes = release.deterministic(), []
+    if stays is not None:
+        stages = {
+            "clipping": stays.clip_norm is not None,
+            "pruning": stays.dropped > 0,
+            "rounding": stays.bits < FULL_BITS,
+        }
+        named = " and ".join(name for name, is_on in stages.items() if is_on)
+        notes.append(f"accuracies are of an encoder with {named} of its latents")
+    if release.is_random:
+        notes.append(
+            "accuracies are without noise and random pruning, except where a line names them"
+        )
+    return tuple(notes)
+
+
+def _not_covered(config: Resolved) -> tuple[str, ...]:
+    """What the epsilon of a whole run leaves out."""
+    if config.client_learning_rate != 0:
+        return ()
+    left_out = ["channel means and stds that are computed from them (set config.mean, config.std)"]
+    if config.init_from is not None:
+        left_out.append("what the network of config.init_from learned from them")
+    return (f"it covers what is sent of the images, not {' or '.join(left_out)}",)

@@ -243,7 +243,7 @@ class MocoSFL:
         Args: models: complete, the key encoder moved. count: rows that count in the step.
         """
         query, key = batch.views
-        keys = batch.keys if self.client.draws else None
+        keys = batch.keys if self.client.needs_key else None
         clients, latents, pending = jax.vmap(partial(client_side.forward, self.client))(
             cohort.client, query, key, batch.mask, keys
         )
@@ -353,7 +353,7 @@ class MocoSFL:
         def one_step(params: Params, images: jax.Array) -> tuple[ClientState, Latents, Pending]:
             state = ClientState(params, params, optax.EmptyState())
             mask = jnp.ones(images.shape[0], bool)
-            rng = jax.random.key(0) if self.client.draws else None
+            rng = jax.random.key(0) if self.client.needs_key else None
             return client_side.forward(self.client, state, images, images, mask, rng)
 
         variables = jax.eval_shape(self.model.init, jax.random.key(0))

@@ -8,7 +8,7 @@ from mocosfl_jax.config.recipe import FormerLayout, Recipe
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.learning.losses import LOSSES
 from mocosfl_jax.methods.mocosfl.build import build
-from mocosfl_jax.methods.mocosfl.defences import check_defences, facts
+from mocosfl_jax.methods.mocosfl.defences import check_defences, check_holdings, facts
 from mocosfl_jax.methods.mocosfl.former import from_former, to_former
 from mocosfl_jax.models.heads import HEADS
 
@@ -96,6 +96,7 @@ MOCOSFL = Recipe(
     build=build,
     rules=_rules,
     check=_check,
+    check_holdings=check_holdings,
     sections=DEFENCES,
     facts=facts,
     memory_hints={
