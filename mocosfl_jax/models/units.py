@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from mocosfl_jax.models.conv import conv
 
 CHANNELS_PER_GROUP = 4
+_EPSILON = 1e-5
 
 MOST_CHANNELS = 2**31 - 1
 """That a unit may give its output: the largest size of an array's axis."""
@@ -60,12 +61,38 @@ def group_norm(x_BHWC: jax.Array, name: str) -> jax.Array:
     The variance is that of the centred values. mean(x^2) - mean(x)^2 is a third faster on a CPU,
     but its rounding doubles the distance to the parity tests' float64 trajectories.
     """
+    if jax.default_backend() == "cpu" and x_BHWC.dtype == jnp.float32:
+        return _ChannelwiseGroupNorm(name=name)(x_BHWC)
     norm = nn.GroupNorm(
         num_groups=None,
         group_size=CHANNELS_PER_GROUP,
         use_fast_variance=False,
-        epsilon=1e-5,
+        epsilon=_EPSILON,
         dtype=jnp.float32,
         name=name,
     )
     return norm(x_BHWC.astype(jnp.float32)).astype(x_BHWC.dtype)
+
+
+class _ChannelwiseGroupNorm(nn.Module):
+    """The same as `flax.linen.GroupNorm`, with sums that a CPU runs fast.
+
+    Pixels are summed channel by channel, along the innermost axis of the layout, and only those
+    sums group by group. Flax sums over the pixels and the four channels of a group at once.
+    """
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        channels = x_BHWC.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        centred = x_BHWC - _group_mean(x_BHWC)
+        factor = jax.lax.rsqrt(_group_mean(jnp.square(centred)) + _EPSILON)
+        return centred * (factor * scale.reshape(1, 1, 1, -1)) + bias.reshape(1, 1, 1, -1)
+
+
+def _group_mean(x_BHWC: jax.Array) -> jax.Array:
+    """Mean over the pixels and channels of a group, for each of its channels, (B, 1, 1, C)."""
+    by_channel_BC = x_BHWC.mean(axis=(1, 2))
+    by_group_BG = by_channel_BC.reshape(len(x_BHWC), -1, CHANNELS_PER_GROUP).mean(axis=-1)
+    return jnp.repeat(by_group_BG, CHANNELS_PER_GROUP, axis=-1)[:, None, None, :]
