@@ -1,14 +1,16 @@
 """Seconds a step of ResNet-18 in the paper's setting, and what they are made of.
 
-    python -m benchmarks.step [--repeats 3] [--cuts 1,2] [--json FILE]
+    python -m benchmarks.step [--repeats 3] [--cuts 1,2] [--peak GFLOPS] [--json FILE]
 
 Paper's queue, head and loss; total batch 100. Every variant is compiled first; then the variants
 take turns, `repeats` times, and medians are reported, so that a change of the machine's pace meets
 all of them. Printed for each cut: seconds a step, inside a dispatch of four steps with their
 augmentation, with 100 clients of one image (in the parts that suit the device, and all at once) and
 with one client of 100 images, and the ratios to the latter, the overhead of the federation; the
-share of augmentation; a step inside the dispatch over a step alone; FLOP/s by formula over the peak
-of a large matrix product measured in the same turns; compile seconds.
+share of augmentation; a step inside the dispatch over a step alone; FLOP/s by formula over those
+of a large matrix product and of the network's fastest convolution, measured in the same turns, and
+over `--peak`, if another library's is known; compile seconds; bytes of the dispatch's temporaries.
+As in training, the state of a dispatch is donated to it.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.federated.contract import Batch, Normalisation
 from mocosfl_jax.federated.dispatch import Constants, Images, Program, run_dispatch
 from mocosfl_jax.federated.state import TrainState, create_state
+from mocosfl_jax.models.conv import conv
 from mocosfl_jax.models.resnet import STEMS
 from mocosfl_jax.randomness import Stream, device_key
 from mocosfl_jax.run.program import program_of
@@ -54,21 +57,42 @@ def setting(**fields: Any) -> Resolved:
 # ---------------------------------------------------------------------------------------- FLOPs
 
 
-def unit_products(config: Resolved) -> list[int]:
-    """Multiply-adds of each unit's convolutions, basic-block ResNet, one image, forward."""
+class Convolution(NamedTuple):
+    """Of one image. size: side of the output; kernel: side of the kernel."""
+
+    size: int
+    kernel: int
+    inputs: int
+    outputs: int
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds, forward."""
+        return self.size**2 * self.kernel**2 * self.inputs * self.outputs
+
+
+def convolutions(config: Resolved) -> list[list[Convolution]]:
+    """Those of each unit of a basic-block ResNet."""
     stem = STEMS[config.stem]
     size = math.ceil(config.image_size / stem.stride)
-    units = [size**2 * stem.kernel_size**2 * 3 * config.width]
+    units = [[Convolution(size, stem.kernel_size, 3, config.width)]]
     channels = config.width
     for stage, blocks in enumerate(config.blocks_per_stage):
         for block in range(blocks):
             out = config.width * 2**stage
             if stage > 0 and block == 0:
                 size = math.ceil(size / 2)
-            shortcut = channels * out if channels != out else 0
-            units.append(size**2 * (9 * channels * out + 9 * out * out + shortcut))
+            unit = [Convolution(size, 3, channels, out), Convolution(size, 3, out, out)]
+            if channels != out:
+                unit.append(Convolution(size, 1, channels, out))
+            units.append(unit)
             channels = out
     return units
+
+
+def unit_products(config: Resolved) -> list[int]:
+    """Multiply-adds of each unit's convolutions, one image, forward."""
+    return [sum(each.products for each in unit) for unit in convolutions(config)]
 
 
 def step_flops(config: Resolved) -> int:
@@ -97,6 +121,7 @@ class Bench:
         self.config = config
         self.program: Program = program_of(config)
         self.compile_seconds: dict[str, float] = {}
+        self.temporary_bytes: dict[str, int] = {}
         rng = np.random.default_rng(0)
         shape = (config.cohort_size, config.batch_size, config.image_size, config.image_size, 3)
         self.images = jnp.asarray(rng.integers(0, 256, (SCAN_STEPS, *shape), dtype=np.uint8))
@@ -115,10 +140,12 @@ class Bench:
         clients, slots = self.config.num_clients, self.config.cohort_size
         return create_state(self.program.method, init, state, clients, slots)
 
-    def _compile(self, name: str, function: Callable, *args: Any) -> Callable:
+    def _compile(self, name: str, function: Callable, *args: Any, donate: bool = False) -> Callable:
+        """donate: the first argument to the program."""
         started = time.perf_counter()
-        compiled = jax.jit(function).lower(*args).compile()
+        compiled = jax.jit(function, donate_argnums=(0,) * donate).lower(*args).compile()
         self.compile_seconds[name] = time.perf_counter() - started
+        self.temporary_bytes[name] = compiled.memory_analysis().temp_size_in_bytes
         return compiled
 
     def step(self) -> Variant:
@@ -143,10 +170,20 @@ class Bench:
         sync = jnp.arange(SCAN_STEPS) == SCAN_STEPS - 1
         mask = jnp.broadcast_to(self.mask, (SCAN_STEPS, *self.mask.shape))
         inputs = Images(self.images, mask, sync, self.weight)
-        args = (self.state, inputs, self.constants)
-        program = self.program
-        compiled = self._compile("dispatch", lambda *a: run_dispatch(program, *a), *args)
-        return lambda: compiled(*args)
+        state, program = jax.tree.map(jnp.copy, self.state), self.program
+        compiled = self._compile(
+            "dispatch",
+            lambda *args: run_dispatch(program, *args),
+            *(state, inputs, self.constants),
+            donate=True,
+        )
+
+        def run() -> Any:
+            nonlocal state
+            state, output = compiled(state, inputs, self.constants)
+            return state, output
+
+        return run
 
     def augmentation(self) -> Variant:
         """Two views of every image of a step."""
@@ -167,11 +204,21 @@ def matrix_product() -> Variant:
     return lambda: compiled(a)
 
 
-def medians(variants: dict[str, Variant], repeats: int) -> dict[str, float]:
+def convolution(shape: Convolution, images: int) -> Variant:
+    """The project's convolution, forward, with stride 1."""
+    x_key, kernel_key = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(x_key, (images, shape.size, shape.size, shape.inputs))
+    kernel_shape = (shape.kernel, shape.kernel, shape.inputs, shape.outputs)
+    kernel = jax.random.normal(kernel_key, kernel_shape)
+    compiled = jax.jit(conv).lower(x, kernel).compile()
+    return lambda: compiled(x, kernel)
+
+
+def medians(variants: dict[Any, Variant], repeats: int) -> dict[Any, float]:
     """Median seconds of each variant; they take turns."""
     for run in variants.values():
         jax.block_until_ready(run())
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: dict[Any, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, run in variants.items():
             started = time.perf_counter()
@@ -183,8 +230,11 @@ def medians(variants: dict[str, Variant], repeats: int) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------- report
 
 
-def measure(cut: int, repeats: int, **fields: Any) -> dict[str, Any]:
-    """All figures of one cut; `fields` override the paper's setting."""
+def measure(cut: int, repeats: int, peak: float | None = None, **fields: Any) -> dict[str, Any]:
+    """All figures of one cut; `fields` override the paper's setting.
+
+    Args: peak: of another library, in GFLOP/s.
+    """
     many = Bench(setting(num_clients=100, cut=cut, **fields))
     at_once = Bench(setting(num_clients=100, cut=cut, cohort_chunks=1, **fields))
     one = Bench(setting(num_clients=1, batch_size=100, cut=cut, **fields))
@@ -196,8 +246,12 @@ def measure(cut: int, repeats: int, **fields: Any) -> dict[str, Any]:
         "100_clients_at_once": at_once.dispatch(),
         "1_client": one.dispatch(),
     }
-    seconds = medians(variants, repeats)
-    peak, flops = 2 * PEAK_SIZE**3 / seconds["peak"], step_flops(many.config)
+    rows = many.config.total_batch
+    shapes = {each for unit in convolutions(many.config) for each in unit if each.kernel == 3}
+    seconds = medians({**variants, **{s: convolution(s, rows) for s in shapes}}, repeats)
+    product, flops = 2 * PEAK_SIZE**3 / seconds["peak"], step_flops(many.config)
+    best = max(2 * rows * shape.products / seconds[shape] for shape in shapes)
+    pace = flops / (seconds["100_clients"] / SCAN_STEPS)
     a_step = {
         name: seconds[name] / SCAN_STEPS
         for name in ("100_clients", "100_clients_at_once", "1_client")
@@ -211,8 +265,12 @@ def measure(cut: int, repeats: int, **fields: Any) -> dict[str, Any]:
         "augmentation_share": seconds["augmentation"] / a_step["100_clients"],
         "scanned_over_alone": a_step["100_clients"] / (seconds["alone"] + seconds["augmentation"]),
         "gflop_a_step": flops / 1e9,
-        "peak_gflops_a_second": peak / 1e9,
-        "fraction_of_peak": flops / a_step["100_clients"] / peak,
+        "gflops_of_matrix_product": product / 1e9,
+        "gflops_of_best_convolution": best / 1e9,
+        "fraction_of_matrix_product": pace / product,
+        "fraction_of_best_convolution": pace / best,
+        **({} if peak is None else {"fraction_of_given_peak": pace / (1e9 * peak)}),
+        "temporary_mb_of_dispatch": many.temporary_bytes["dispatch"] / 1e6,
         "compile_seconds": many.compile_seconds,
     }
 
@@ -221,13 +279,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cuts", default="1,2", help="units on the client, comma-separated")
+    parser.add_argument("--peak", type=float, help="GFLOP/s of another library, to compare with")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.device_kind}, {platform.machine()}")
     results = []
     for cut in args.cuts.split(","):
-        results.append(measure(int(cut), args.repeats))
+        results.append(measure(int(cut), args.repeats, args.peak))
         for name, value in results[-1].items():
             print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
         print(flush=True)

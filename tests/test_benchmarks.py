@@ -44,11 +44,18 @@ def test_flops_of_a_step_by_hand():
 
 
 def test_a_short_run_gives_every_figure():
-    figures = measure(
-        cut=1, repeats=1, width=4, blocks_per_stage=(1,), head_width=8, queue_length=400
-    )
+    small = {"width": 4, "blocks_per_stage": (1,), "head_width": 8, "queue_length": 400}
+    figures = measure(cut=1, repeats=1, peak=1000.0, **small)
     assert figures["federation_overhead"] > 0
-    assert 0 < figures["fraction_of_peak"] < 1
+    assert 0 < figures["fraction_of_matrix_product"] < 1
+    paces = [
+        figures["fraction_of_matrix_product"] * figures["gflops_of_matrix_product"],
+        figures["fraction_of_best_convolution"] * figures["gflops_of_best_convolution"],
+        figures["fraction_of_given_peak"] * 1000.0,
+    ]
+    assert paces == pytest.approx([paces[0]] * 3)
+    assert figures["temporary_mb_of_dispatch"] > 0
+    assert "fraction_of_given_peak" not in measure(cut=1, repeats=1, **small)
     assert set(figures["compile_seconds"]) == {"step", "augmentation", "dispatch"}
 
 
