@@ -23,7 +23,7 @@ from mocosfl_jax.config.data import prepare as prepare_data
 from mocosfl_jax.config.stored import flat_fields
 from mocosfl_jax.data.dataset import Prepared
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.evaluation.numbers import ATTACK_NUMBERS, NUMBERS, number_of
+from mocosfl_jax.evaluation.numbers import FAMILIES, NUMBERS, number_of
 from mocosfl_jax.run.commandline import define_flags, parse
 
 Fields = dict[str, Any]
@@ -73,8 +73,9 @@ def default_sweep(method: str = "mocosfl") -> ConfigDict:
     # Field whose values are the columns of the report and the x axis of its plot; or `metrics`: a
     # column a number, a row a cell of the grid.
     sweep.columns = "num_clients"
-    # Numbers in the report's table and plot, by their name in summary.json; those of an attack by
-    # `attack/NAME/` and their name in attack.json: `attack/N4C64/mse_ratio`.
+    # Numbers in the report's table and plot, by their name in summary.json: `knn_top1`,
+    # `transfer/svhn/knn_top1`; those of an attack by `attack/NAME/` and their name in attack.json:
+    # `attack/N4C64/mse_ratio`.
     sweep.metrics = ("linear_top1", "knn_top1")
     # Two numbers, x and y of a further plot with a point for each row and column of the table:
     # `("attack/N4C64/mse_ratio", "linear_top1")`. Empty: no such plot.
@@ -261,13 +262,14 @@ def _text(value: Any) -> str:
 
 
 def check_metrics(metrics: Iterable[str], where: str = "config.metrics") -> None:
-    """Raises: InputError: a name that is no number of a run, or of an attack on it."""
+    """Raises: InputError: a name that is no number of a run, of a transfer or of an attack."""
     for name in metrics:
         try:
             number_of(name)
         except KeyError:
-            prefix, known = ("attack/NAME/", ATTACK_NUMBERS) if "/" in name else ("", NUMBERS)
-            one = ", ".join(known)
+            family = name.split("/")[0]
+            prefix = f"{family}/NAME/" if family in FAMILIES else ""
+            one = ", ".join(FAMILIES.get(family, NUMBERS))
             raise InputError(where, name, f"{prefix}one of {one} is needed") from None
 
 
