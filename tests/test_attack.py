@@ -23,7 +23,7 @@ from mocosfl_jax.models.decoder import Decoder, parse_decoder
 from mocosfl_jax.run.checkpoint import Checkpoints, Clock, Found, Identity, data_digest
 from mocosfl_jax.run.program import program_of
 from mocosfl_jax.run.rounds import Rounds
-from mocosfl_jax.run.workdir import WorkDir
+from mocosfl_jax.run.workdir import WorkDir, read_run
 from mocosfl_jax.train import with_channel_stats
 from tests import tiny
 from tests.test_checkpoint import contents
@@ -172,7 +172,7 @@ def test_the_images_of_a_client(run, saved):
 def test_whose_model_is_attacked(saved, step, client, slot):
     """A participant's own in the middle of a round, else the model that starts the next one."""
     folder, state, _, _ = saved
-    found = victim.read_victim(folder, victim.read_run(folder), step, client)
+    found = victim.read_victim(folder, read_run(folder), step, client)
     models = state.server.client.params if slot is None else at(state.cohort.client.params, slot)
     jax.tree.map(np.testing.assert_array_equal, found.participant.client.params, models)
     assert found.latent_shape == (8, 8, 4)
@@ -192,7 +192,7 @@ def test_checkpoints_that_are_replaced_meanwhile(run, monkeypatch):
 
     find_newest = victim.find_newest
     monkeypatch.setattr(victim, "find_newest", find)
-    assert victim.read_victim(run, victim.read_run(run), None, None).step == 9
+    assert victim.read_victim(run, read_run(run), None, None).step == 9
 
 
 # ------------------------------------------------------------------------------------- refusals
@@ -254,13 +254,13 @@ class Sends:
 )
 def test_latents_that_no_decoder_can_answer(run, method, words):
     with pytest.raises(InputError, match=words):
-        victim._latent_shape(victim.read_run(run).config, method, None)
+        victim._latent_shape(read_run(run).config, method, None)
 
 
 def test_damaged_checkpoints(run, capsys):
     """The one before is taken; where none is left, one line says why."""
     (run / "checkpoints" / "9" / "state" / "_METADATA").unlink()
-    assert victim.read_victim(run, victim.read_run(run), None, None).step == 6
+    assert victim.read_victim(run, read_run(run), None, None).step == 6
     assert attack(run, "--step=9") == 2
     error = capsys.readouterr().err
     assert "checkpoints = [9]: none can be used (9: damaged: " in error

@@ -15,12 +15,10 @@ stderr; 130 interrupted. The same command starts an attack that was stopped anew
 result, and answers at once for one that is finished.
 """
 
-import dataclasses
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -37,19 +35,17 @@ from mocosfl_jax.attack.inversion import (
 from mocosfl_jax.attack.options import Options
 from mocosfl_jax.attack.quality import quality_of_one
 from mocosfl_jax.attack.report import PICTURED, AttackFolder, Report, report_of, table
-from mocosfl_jax.attack.victim import Victim, read_run, read_victim
-from mocosfl_jax.config.data import partition_of, prepare
-from mocosfl_jax.config.types import value_types
+from mocosfl_jax.attack.victim import Victim, read_victim
+from mocosfl_jax.config.data import partition_of
 from mocosfl_jax.data.dataset import Dataset
-from mocosfl_jax.data.fingerprint import difference
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.models.decoder import Decoder
-from mocosfl_jax.run.commandline import parse
 from mocosfl_jax.run.console import quiet_libraries, unbreakable_output
+from mocosfl_jax.run.options import define_options, options_of, parse_options, workdir_of
 from mocosfl_jax.run.processes import use_compilation_cache
 from mocosfl_jax.run.progress import SECONDS_BETWEEN_LINES
 from mocosfl_jax.run.storage import StorageError
-from mocosfl_jax.run.workdir import Stored, hold
+from mocosfl_jax.run.workdir import Stored, hold, prepare_again, read_run
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -79,8 +75,7 @@ def _end(reason: object, status: int) -> int:
 
 def _command(values: flags.FlagValues) -> int:
     """Raises: InputError; DivergedError; StorageError."""
-    options = Options(**{name: getattr(values, name) for name in value_types(Options)})
-    workdir = Path(os.path.expanduser(values.workdir)).absolute()
+    options, workdir = options_of(values, Options), workdir_of(values)
     folder = AttackFolder(workdir, values.name or options.default_name)
     stored = read_run(workdir)
     use_compilation_cache(stored.config.compilation_cache)
@@ -106,14 +101,9 @@ def _load(
 
     Raises: InputError: it has changed, or as `choose_images`.
     """
-    config = victim.config
-    prepared = prepare(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
-    if stored.data is not None and (change := difference(stored.data, prepared.info.fingerprint)):
-        allowed = f"the run was trained on other data: {change}"
-        raise InputError("config.dataset", config.dataset, allowed)
-    dataset = prepared.load()
+    dataset = prepare_again(stored, data_dir).load()
     train = dataset.train
-    partition = partition_of(config, len(train.images), train.labels)
+    partition = partition_of(victim.config, len(train.images), train.labels)
     return dataset, choose_images(options, dataset, partition)
 
 
@@ -176,25 +166,13 @@ def _progress(epochs: int) -> Callable[[Epoch], None]:
 # ---------------------------------------------------------------------------------------- flags
 
 
-def _define_flags() -> flags.FlagValues:
-    values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+def _parse(argv: list[str]) -> flags.FlagValues:
+    """Raises: InputError: as `parse_options`."""
+    values = define_options(Options)
     flags.DEFINE_string("name", None, "Of the attack.", flag_values=values)
     flags.DEFINE_integer("step", None, "Of the checkpoint.", flag_values=values)
     flags.DEFINE_string("data_dir", None, "Of TFDS.", flag_values=values)
-    flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
-    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
-    for name, held in value_types(Options).items():
-        define[held.kind](name, getattr(Options, name), "See Options.", flag_values=values)
-    return values
-
-
-def _parse(argv: list[str]) -> flags.FlagValues:
-    """Raises: InputError: as `parse`, or there is no --workdir."""
-    values = _define_flags()
-    parse(values, argv)
-    if not values.workdir and not values.help:
-        raise InputError("--workdir", values.workdir, "the folder of a run is needed")
+    parse_options(values, argv)
     return values
 
 
