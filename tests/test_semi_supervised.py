@@ -155,6 +155,18 @@ def test_training_equals_a_loop_by_hand():
     assert top1_E[-1] == 100 * np.mean(logits.argmax(1) == test.labels_M)
 
 
+def test_the_last_epoch_counts():
+    """Not the best one; half of the labels are 11, so there are nine steps."""
+    train, test, seed = labelled(2, 21), labelled(3, 40), 8
+    rows = labelled_subset(train.labels_M, 0.5, seed)
+    half = Labelled(train.features_MD[rows], train.labels_M[rows])
+    head = MLPHead(CLASSES, 0.1, steps=9)
+    arguments = {"seed": seed, "batch_size": BATCH, "epochs": 3}
+    _, top1_E = train_head(head, half, test, **arguments)
+    found = semi_supervised_probe(train, test, CLASSES, 0.5, learning_rate=0.1, **arguments)
+    assert len(rows) == 11 and found == top1_E[-1] < max(top1_E)
+
+
 def test_evaluation_uses_running_statistics():
     """Each row for itself, however many there are, and not its batch's statistics."""
     head = MLPHead(CLASSES, 0.1, steps=9, hidden=HIDDEN)

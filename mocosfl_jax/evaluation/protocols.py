@@ -18,8 +18,8 @@ from mocosfl_jax.models.split import Encoded, SplitModel, Variables
 from mocosfl_jax.privacy.release import Release
 from mocosfl_jax.randomness import Stream, device_key
 
-Results = dict[str, float | None]
-"""Accuracies in percent by their name in `NUMBERS`; None where a protocol was skipped."""
+Results = dict[str, float]
+"""Accuracies in percent by their name in `NUMBERS`."""
 
 
 class LabelledImages(NamedTuple):

@@ -50,10 +50,11 @@ class Evaluator:
             return None
         return self._logged("knn", self._encoded(variables, self._data), step)["knn_top1"]
 
-    def final(self, variables: Variables, step: int) -> Results:
+    def final(self, variables: Variables, step: int) -> dict[str, float | None]:
         """The protocols of a run's end on the last model, features encoded once, and kNN of the
-        images themselves; kNN and linear probe once more with what defences draw, if they draw."""
-        results: Results = dict.fromkeys(
+        images themselves; kNN and linear probe once more with what defences draw, if they draw.
+        None stands for what was skipped."""
+        results: dict[str, float | None] = dict.fromkeys(
             ("knn_top1", "linear_top1", "linear_top1_best_test_epoch", "knn_top1_raw_pixels")
         )
         data, config = self._data, self._config
@@ -77,7 +78,7 @@ class Evaluator:
             results |= self._released(self._encoded(variables, data, release))
         return results
 
-    def _released(self, evaluation: Evaluation) -> Results:
+    def _released(self, evaluation: Evaluation) -> dict[str, float | None]:
         """Accuracies on what the server would be sent."""
         probe = linear(evaluation)["linear_top1"] if self._config.probe_epochs else None
         return {"knn_top1_released": knn(evaluation)["knn_top1"], "linear_top1_released": probe}

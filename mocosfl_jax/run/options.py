@@ -34,7 +34,8 @@ def parse_options(values: flags.FlagValues, argv: list[str]) -> None:
 
 def options_of(values: flags.FlagValues, kind: type[Options]) -> Options:
     """The dataclass, filled from its flags. Raises: InputError: by the dataclass."""
-    return kind(**{name: getattr(values, name) for name in value_types(kind)})
+    fields: type = kind
+    return kind(**{name: getattr(values, name) for name in value_types(fields)})
 
 
 def workdir_of(values: flags.FlagValues) -> Path:
