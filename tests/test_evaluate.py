@@ -12,6 +12,7 @@ import pytest
 
 from mocosfl_jax import load_encoder
 from mocosfl_jax.evaluate import __main__ as command
+from mocosfl_jax.evaluate.options import Options
 from mocosfl_jax.evaluation.protocols import PROTOCOLS
 from mocosfl_jax.run.summary import results_table
 from mocosfl_jax.run.workdir import WorkDir
@@ -156,6 +157,20 @@ def test_transfer_to_another_data_set(run, npz, tmp_path, capsys):
     assert found == after
 
 
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("svhn_cropped", "svhn_cropped"),
+        ("imagenet_resized/32x32:0.1.0", "imagenet_resized-32x32-0.1.0"),
+        ("folder:/data/my pictures.v2/", "my-pictures.v2"),
+        ("npz:~/x.y.npz", "x.y"),
+    ],
+)
+def test_numbers_are_called_after_the_data_set(dataset, name):
+    assert Options(dataset=dataset).transfer == name
+    assert Options(dataset=dataset, name="other").transfer == "other"
+
+
 def test_a_name_is_for_one_data_set(run, tmp_path, capsys):
     first, second = (tmp_path / name / "set.npz" for name in "ab")
     for path, scale in ((first, 30), (second, 20)):
@@ -251,6 +266,7 @@ def test_a_signal_ends_it_with_nothing_written(run, monkeypatch, capfd, number):
         (["--dataset=npz:PLAIN"], "the images have no labels: training and test images with"),
         (["--dataset=npz:HALF"], "the test images have no labels: training"),
         (["--dataset=npz:TRAIN", "--holdout_fraction=0"], "there is no test split: training and"),
+        (["--dataset=folder:/"], "--name = '': a name of at most 100"),
         (["--name=x"], "--name = 'x': --dataset is not given"),
         (["--test_split=x"], "--test_split = 'x': --dataset is not given"),
         (["--config.knn_k=3"], "command line = "),

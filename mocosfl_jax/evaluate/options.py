@@ -55,5 +55,5 @@ class Options:
         """What numbers on the other data set are called: `cifar100`, or the end of a path."""
         dataset = self.dataset or ""
         scheme, _, path = dataset.partition(":")
-        last = Path(path).stem if scheme in ("folder", "npz") else dataset
+        last = {"folder": Path(path).name, "npz": Path(path).stem}.get(scheme, dataset)
         return self.name or re.sub(r"[^\w.+=-]+", "-", last, flags=re.ASCII)
