@@ -24,7 +24,7 @@ from mocosfl_jax.privacy.release import Release
 from mocosfl_jax.run.checkpoint import Checkpoints, Clock, Found, Identity, data_digest
 from mocosfl_jax.run.program import program_of
 from mocosfl_jax.run.rounds import Rounds
-from mocosfl_jax.run.workdir import WorkDir
+from mocosfl_jax.run.workdir import WorkDir, read_run
 from mocosfl_jax.train import with_channel_stats
 from tests import tiny
 from tests.test_checkpoint import contents
@@ -170,7 +170,7 @@ def test_the_attacker_sees_what_the_client_sends(npz, tmp_path):
     """Clipped and rounded, with noise of the key; the trained decoder is adapted to it."""
     sent = {"clip": {"norm": 2.0}, "quantize": {"bits": 4}}
     state, config, dataset = save_run(tmp_path / "run", npz, 9, **sent)
-    found = victim.read_victim(tmp_path / "run", victim.read_run(tmp_path / "run"), 9, 3)
+    found = victim.read_victim(tmp_path / "run", read_run(tmp_path / "run"), 9, 3)
     images = np.float32(dataset.train.images[:5] / 255)
     model = program_of(config).method.model
     plain = model.latents(at(state.cohort.client.params, 0), images)
@@ -181,7 +181,7 @@ def test_the_attacker_sees_what_the_client_sends(npz, tmp_path):
 
     noisy = {"clip": {"norm": 2.0}, "noise": {"multiplier": 0.5}}
     save_run(tmp_path / "noisy", npz, 9, **noisy)
-    found = victim.read_victim(tmp_path / "noisy", victim.read_run(tmp_path / "noisy"), 9, 3)
+    found = victim.read_victim(tmp_path / "noisy", read_run(tmp_path / "noisy"), 9, 3)
     one, other = (
         found.method.sent(found.participant, images, jax.random.key(seed)) for seed in (1, 2)
     )
@@ -218,7 +218,7 @@ def test_the_images_of_a_client(run, saved):
 def test_whose_model_is_attacked(saved, step, client, slot):
     """A participant's own in the middle of a round, else the model that starts the next one."""
     folder, state, _, _ = saved
-    found = victim.read_victim(folder, victim.read_run(folder), step, client)
+    found = victim.read_victim(folder, read_run(folder), step, client)
     models = state.server.client.params if slot is None else at(state.cohort.client.params, slot)
     jax.tree.map(np.testing.assert_array_equal, found.participant.client.params, models)
     assert found.latent_shape == (8, 8, 4)
@@ -238,7 +238,7 @@ def test_checkpoints_that_are_replaced_meanwhile(run, monkeypatch):
 
     find_newest = victim.find_newest
     monkeypatch.setattr(victim, "find_newest", find)
-    assert victim.read_victim(run, victim.read_run(run), None, None).step == 9
+    assert victim.read_victim(run, read_run(run), None, None).step == 9
 
 
 # ------------------------------------------------------------------------------------- refusals
@@ -300,13 +300,13 @@ class Sends:
 )
 def test_latents_that_no_decoder_can_answer(run, method, words):
     with pytest.raises(InputError, match=words):
-        victim._latent_shape(victim.read_run(run).config, method, None)
+        victim._latent_shape(read_run(run).config, method, None)
 
 
 def test_damaged_checkpoints(run, capsys):
     """The one before is taken; where none is left, one line says why."""
     (run / "checkpoints" / "9" / "state" / "_METADATA").unlink()
-    assert victim.read_victim(run, victim.read_run(run), None, None).step == 6
+    assert victim.read_victim(run, read_run(run), None, None).step == 6
     assert attack(run, "--step=9") == 2
     error = capsys.readouterr().err
     assert "checkpoints = [9]: none can be used (9: damaged: " in error

@@ -98,7 +98,7 @@ class RecordingHead:
     batches: int
     batch_size: int
 
-    def init(self, width: int):
+    def init(self, width: int, key):
         return jnp.full((self.batches, self.batch_size), -2, jnp.int32), jnp.int32(0)
 
     def step(self, state, batch: Batch):
@@ -133,13 +133,13 @@ def test_head_ignores_padding_rows():
     labels = labels.astype(np.int32)
     step = jax.jit(head.step)
     whole = Batch(jnp.asarray(features), jnp.asarray(labels), jnp.ones(3))
-    short = step(head.init(WIDTH), whole)
+    short = step(head.init(WIDTH, jax.random.key(0)), whole)
     padded = Batch(
         jnp.asarray(np.vstack([features, np.full((2, WIDTH), 50.0, np.float32)])),
         jnp.asarray(np.append(labels, np.int32([2, 1]))),
         jnp.asarray([1.0, 1.0, 1.0, 0.0, 0.0]),
     )
-    longer = step(head.init(WIDTH), padded)
+    longer = step(head.init(WIDTH, jax.random.key(1)), padded)
     for name in ("kernel", "bias"):
         np.testing.assert_allclose(longer.params[name], short.params[name], rtol=1e-4)
 

@@ -23,6 +23,7 @@ BOTTOM = ("errors", "randomness", "machine")
 ROOMS = (  # from top to bottom; imports point down
     "sweep",
     "attack",
+    "evaluate",
     "run",
     "evaluation",
     "methods",

@@ -82,6 +82,7 @@ def test_what_resuming_may_change():
         "knn_every",
         "mix_dataset",
         "progress",
+        "semi_supervised",
         "server_shards",
         "steps_per_dispatch",
         "tensorboard",

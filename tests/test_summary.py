@@ -35,6 +35,42 @@ def test_the_table_at_the_end_of_a_run():
     assert standard_error(60.0, 2000) == pytest.approx(100 * math.sqrt(0.6 * 0.4 / 2000))
 
 
+TRANSFERS = {
+    "transfer/svhn/dataset": "svhn_cropped",
+    "transfer/svhn/test_images": 900,
+    "transfer/svhn/knn_top1": 10.0,
+    "transfer/svhn/semi_1_top1": 20.0,
+    "transfer/cats/test_images": 100,
+    "transfer/cats/linear_top1": 80.0,
+}
+
+
+def test_transfers_come_first_each_with_its_own_test_images():
+    lines = results_table({**TRANSFERS, **SUMMARY}).splitlines()
+    assert lines[1:-4] == [
+        "transfer to cats, top-1 % ± standard error, 100 test images:",
+        "  linear probe   80.00 ± 4.00",
+        "transfer to svhn, top-1 % ± standard error, 900 test images:",
+        "  kNN                                    10.00 ± 1.00",
+        "  semi-supervised probe, 1 % of labels   20.00 ± 1.33",
+    ]
+    assert lines[-4:] == results_table(SUMMARY).splitlines()[-4:]
+
+
+@pytest.mark.parametrize("value", [None, "7"])
+@pytest.mark.parametrize("name", ["test_images", "knn_top1"])
+def test_a_transfer_that_is_none(tmp_path, name, value):
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({**SUMMARY, **TRANSFERS}))
+    assert read_summary(path) == {**SUMMARY, **TRANSFERS}
+    path.write_text(json.dumps({**SUMMARY, **TRANSFERS, f"transfer/svhn/{name}": value}))
+    if value is None and name == "knn_top1":
+        assert read_summary(path)["transfer/svhn/knn_top1"] is None
+        return
+    with pytest.raises(InputError, match=f"transfer/svhn/{name} {value!r}.* needed"):
+        read_summary(path)
+
+
 def test_a_run_without_labels_has_no_table():
     accuracies = dict.fromkeys((name for name in SUMMARY if "top1" in name), None)
     assert results_table({**SUMMARY, **accuracies}) == "40 steps in 01:01, 12 images/s"

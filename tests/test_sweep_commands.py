@@ -233,6 +233,11 @@ def test_a_dry_run_shows_them(sweep, capsys):
             "'mocosfl_jax.attack --decoder=N4': --decoder",
         ),
         ("commands", ("mocosfl_jax.attack --decodr=x",), "Unknown command line flag 'decodr'"),
+        (
+            "commands",
+            ("mocosfl_jax.evaluate --protocols=knm",),
+            "--protocols = 'knm': one or several of knn",
+        ),
         ("fixed.init_from", "nowhere", "nowhere = 'missing': a run writes it with its check"),
         ("more_commands", ({"cut": (1,), "commands": (A,)},), "config.more_commands"),
         ("more_commands", ({"num_clients": (2,), "seeds": (1,)},), "and commands: "),

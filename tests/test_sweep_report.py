@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mocosfl_jax.errors import InputError
 from mocosfl_jax.sweep.__main__ import main
 from mocosfl_jax.sweep.folder import SweepFolder
-from mocosfl_jax.sweep.report import Cell, tabulate
+from mocosfl_jax.sweep.report import Cell, tabulate, write_report
 from tests.tiny_sweep import (
     FAKE,
     SWEEP,
@@ -203,3 +204,25 @@ def test_numbers_that_a_summary_lacks_or_has_as_text(tmp_path, capsys):
 def test_no_sweep_to_report_on(tmp_path, capsys):
     assert main(["sweep", "--workdir", str(tmp_path), "--report"]) == 2
     assert "no sweep lies here" in capsys.readouterr().err
+
+
+def test_numbers_on_other_data_sets(tmp_path):
+    """They are reported like any other, with the test images of their own data set."""
+    folder = finished_sweep(tmp_path)
+    name = "transfer/svhn/knn_top1"
+    for seed, top1 in ((0, 30.0), (1, 33.0)):
+        path = folder.run_path(f"A,num_clients=9,seed={seed}") / "summary.json"
+        added = {name: top1, "transfer/svhn/test_images": 567, "transfer/svhn/dataset": "svhn"}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **added}))
+    page = write_report(folder, "num_clients", [name])
+    assert "| A | kNN (transfer to svhn), top-1 % | 31.50 ± 2.12 (2) | - (1 of 2) |" in page
+    assert "Accuracy on 567 test images." in page
+    both = write_report(folder, "num_clients", ["knn_top1", name])
+    assert "Accuracy on 567 or 1,234 test images." in both
+    with (tmp_path / "report.csv").open() as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert rows["A,num_clients=9,seed=1"][name] == "33.0"
+    assert rows["A,num_clients=9,seed=1"]["transfer/svhn/linear_top1"] == ""
+    assert rows["B,num_clients=9,seed=0"][name] == ""
+    with pytest.raises(InputError, match=r"'transfer/svhn/steps': transfer/NAME/one of linear_to"):
+        write_report(folder, "num_clients", ["transfer/svhn/steps"])

@@ -20,13 +20,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 
-from mocosfl_jax.attack.commandline import options_of, parse_command
+from mocosfl_jax.attack.commandline import parse_command
 from mocosfl_jax.attack.images import AttackImages, choose_images
 from mocosfl_jax.attack.inversion import (
     Attack,
@@ -46,18 +45,18 @@ from mocosfl_jax.attack.report import (
     report_of,
     table,
 )
-from mocosfl_jax.attack.victim import Victim, read_run, read_victim
-from mocosfl_jax.config.data import partition_of, prepare
+from mocosfl_jax.attack.victim import Victim, read_victim
+from mocosfl_jax.config.data import partition_of
 from mocosfl_jax.data.dataset import Dataset
-from mocosfl_jax.data.fingerprint import difference
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.models.decoder import Decoder
 from mocosfl_jax.run.checkpoint import saved_steps
 from mocosfl_jax.run.console import quiet_libraries, unbreakable_output
+from mocosfl_jax.run.options import options_of, workdir_of
 from mocosfl_jax.run.processes import use_compilation_cache
 from mocosfl_jax.run.progress import SECONDS_BETWEEN_LINES
 from mocosfl_jax.run.storage import StorageError
-from mocosfl_jax.run.workdir import Stored, hold
+from mocosfl_jax.run.workdir import Stored, hold, prepare_again, read_run
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -87,8 +86,7 @@ def _end(reason: object, status: int) -> int:
 
 def _command(values: flags.FlagValues) -> int:
     """Raises: InputError; DivergedError; StorageError."""
-    options = options_of(values)
-    workdir = Path(os.path.expanduser(values.workdir)).absolute()
+    options, workdir = options_of(values, Options), workdir_of(values)
     folder = AttackFolder(workdir, values.name or options.default_name)
     stored = read_run(workdir)
     use_compilation_cache(stored.config.compilation_cache)
@@ -120,14 +118,9 @@ def _load(
 
     Raises: InputError: it has changed, or as `choose_images`.
     """
-    config = victim.config
-    prepared = prepare(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
-    if stored.data is not None and (change := difference(stored.data, prepared.info.fingerprint)):
-        allowed = f"the run was trained on other data: {change}"
-        raise InputError("config.dataset", config.dataset, allowed)
-    dataset = prepared.load()
+    dataset = prepare_again(stored, data_dir).load()
     train = dataset.train
-    partition = partition_of(config, len(train.images), train.labels)
+    partition = partition_of(victim.config, len(train.images), train.labels)
     return dataset, choose_images(options, dataset, partition)
 
 

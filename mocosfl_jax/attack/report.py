@@ -7,7 +7,6 @@
 import dataclasses
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from mocosfl_jax.attack.victim import Victim
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.machine import versions
 from mocosfl_jax.run.checkpoint import digest
+from mocosfl_jax.run.options import check_name
 from mocosfl_jax.run.storage import read_json, write_bytes, write_json
 
 Report = dict[str, Any]
@@ -44,9 +44,7 @@ class AttackFolder:
     """
 
     def __init__(self, workdir: Path, name: str):
-        if not re.fullmatch(r"\w[\w.+=-]{0,99}", name, re.ASCII):
-            allowed = "a name of at most 100 letters, digits and any of _.+=- is needed"
-            raise InputError("--name", name, allowed)
+        check_name(name)
         self.name, self.path = name, workdir / "attack" / name
         self._begun = self.path / "begun.json"
         self._report = self.path / "attack.json"

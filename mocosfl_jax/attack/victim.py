@@ -15,7 +15,7 @@ from mocosfl_jax.models.decoder import doublings
 from mocosfl_jax.run.checkpoint import Identity, Restored, data_digest, find_newest, saved_steps
 from mocosfl_jax.run.program import program_of
 from mocosfl_jax.run.rounds import Rounds
-from mocosfl_jax.run.workdir import Stored, read_stored
+from mocosfl_jax.run.workdir import Stored
 
 _TRIES = 5
 """Reads of a folder whose checkpoints are replaced while they are read."""
@@ -32,20 +32,6 @@ class Victim(NamedTuple):
     method: Method
     participant: Tree
     latent_shape: tuple[int, ...]
-
-
-def read_run(workdir: Path) -> Stored:
-    """What lies in a run's folder, which is neither locked nor changed.
-
-    Raises: InputError: no run of this version lies there.
-    """
-    stored = read_stored(workdir)
-    if stored is None:
-        raise InputError("--workdir", str(workdir), "the folder of a run is needed")
-    if not isinstance(stored.config, Resolved):
-        allowed = "its config.json lacks fields; resume the run first, which completes it"
-        raise InputError("--workdir", str(workdir), allowed)
-    return stored
 
 
 def read_victim(workdir: Path, stored: Stored, step: int | None, client: int | None) -> Victim:

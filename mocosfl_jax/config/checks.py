@@ -100,7 +100,10 @@ _MEANINGLESS_ALONE = {
 
 
 def _check_companions(config: Config) -> None:
-    """Raises: InputError: a field is set that only counts with another one, which is unset."""
+    """Raises: InputError: a field is set that only counts with another one, which is unset or 0."""
+    if config.semi_supervised and not config.probe_epochs:
+        allowed = "config.probe_epochs is 0, which skips all probes: set it, or unset this"
+        raise InputError("config.semi_supervised", config.semi_supervised, allowed)
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     for name, other in _MEANINGLESS_ALONE.items():
         value = getattr(config, name)

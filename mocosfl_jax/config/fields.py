@@ -208,11 +208,14 @@ class Config:
     knn_k: Annotated[int, FROM_1] = 200
     # Temperature of its weights exp(similarity / temperature).
     knn_temperature: Annotated[float, at_least(0.02, "float32 overflows")] = 0.1
-    # Epochs of the linear probe at the end; 0 skips it.
+    # Epochs of the linear probe at the end, and of the semi-supervised ones; 0 skips them.
     probe_epochs: Annotated[int, FROM_0] = 100
-    # Its batch size and Adam rate.
+    # Their batch size and Adam rate.
     probe_batch_size: Annotated[int, FROM_1] = 128
     probe_learning_rate: Annotated[float, ABOVE_0] = 1e-3
+    # Whether the end also has semi-supervised probes, on 10 % and on 1 % of the labels. A run that
+    # is complete gets them from `mocosfl_jax.evaluate`.
+    semi_supervised: Annotated[bool, EXECUTION] = False
 
     # --------------------------------------------------------------------------------------- run
     # Everything random derives from it; from 0 to 2**32 - 1.

@@ -187,13 +187,31 @@ def hold_out(
             "at least 2 are needed to hold out a test set, or config.holdout_fraction = 0",
         )
     held_out = np.clip(np.rint(counts * fraction).astype(np.int64), 1, counts - 1)
-    shuffled = host_rng(seed, Stream.SPLIT).permutation(num_images)
+    in_test = drawn_by_class(classes, held_out, host_rng(seed, Stream.SPLIT))
+    return ids[~in_test], ids[in_test]
+
+
+def drawn_by_class(
+    classes: NDArray[np.integer], numbers: NDArray[np.integer], rng: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Draws so many images of each class, each equally likely.
+
+    Args:
+        classes: (n,) class of each image.
+        numbers: how many of each class, in the order of `np.unique(classes)`; at most all of them.
+            Where they grow, the images that were drawn before stay.
+        rng: it is used for one permutation of the images.
+
+    Returns: (n,) whether an image is drawn.
+    """
+    _, counts = np.unique(classes, return_counts=True)
+    shuffled = rng.permutation(len(classes))
     shuffled = shuffled[np.argsort(classes[shuffled], kind="stable")]
     starts = np.cumsum(counts) - counts
-    rank_in_class = ids - np.repeat(starts, counts)
-    in_test = np.empty(num_images, bool)
-    in_test[shuffled] = rank_in_class < np.repeat(held_out, counts)
-    return ids[~in_test], ids[in_test]
+    rank_in_class = np.arange(len(classes)) - np.repeat(starts, counts)
+    drawn = np.empty(len(classes), bool)
+    drawn[shuffled] = rank_in_class < np.repeat(numbers, counts)
+    return drawn
 
 
 def channel_stats(

@@ -22,6 +22,8 @@ from mocosfl_jax.randomness import Stream, device_key
 
 PyTree = Any
 
+_START = 2**32 - 1  # what a head starts from; the number of no epoch
+
 
 class Labelled(NamedTuple):
     """Features and their classes."""
@@ -45,8 +47,9 @@ class Head(Protocol):
     def num_classes(self) -> int:
         """Width of the logits."""
 
-    def init(self, width: int) -> PyTree:
-        """The state (parameters, optimizer, ...) before training, for features of `width`."""
+    def init(self, width: int, key: jax.Array) -> PyTree:
+        """The state (parameters, optimizer, ...) before training, for features of `width`; what is
+        random in it comes from the key."""
 
     def step(self, state: PyTree, batch: Batch) -> PyTree:
         """The state after one batch. Pure and traceable."""
@@ -83,7 +86,7 @@ class LinearHead:
     num_classes: int
     learning_rate: float
 
-    def init(self, width: int) -> LinearState:
+    def init(self, width: int, key: jax.Array) -> LinearState:
         """Zero parameters for features (B, width)."""
         params = {
             "kernel": jnp.zeros((width, self.num_classes), jnp.float32),
@@ -95,15 +98,11 @@ class LinearHead:
         """One Adam step on the mean cross-entropy over the batch's unmasked rows."""
 
         def loss_fn(params: dict[str, jax.Array]) -> jax.Array:
-            logits_BC = _affine(params, batch.features_BD)
-            loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, batch.labels_B)
-            return jnp.sum(loss_B * batch.mask_B) / jnp.sum(batch.mask_B)
+            return cross_entropy(_affine(params, batch.features_BD), batch)
 
         grads = jax.grad(loss_fn)(state.params)
-        # Adam's bias correction raises a float to an int32: not allowed where promotion is strict.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, optimizer = optax.adam(self.learning_rate).update(grads, state.optimizer)
-        return LinearState(optax.apply_updates(state.params, updates), optimizer)
+        adam = optax.adam(self.learning_rate)
+        return LinearState(*update(adam, grads, state.optimizer, state.params))
 
     def logits(self, state: LinearState, features_MD: jax.Array) -> jax.Array:
         """features @ kernel + bias."""
@@ -136,8 +135,7 @@ def linear_probe(
     Raises:
       InputError: what `train_head` refuses, or a learning rate that is not positive.
     """
-    if learning_rate <= 0:
-        raise InputError("learning_rate", learning_rate, "> 0")
+    check_learning_rate(learning_rate)
     head = LinearHead(num_classes, learning_rate)
     state, top1_E = train_head(
         head,
@@ -169,14 +167,15 @@ def train_head(
 ) -> tuple[PyTree, np.ndarray]:
     """Trains any head: each epoch a fresh permutation of `train`, then the accuracy on `test`.
 
-    Epoch e (from 0) draws its permutation from fold_in(device_key(seed, Stream.PROBE), e). An epoch
-    is one dispatch, a scan over its batches; the last is padded and masked, nothing is dropped.
+    Epoch e (from 0) draws its permutation from fold_in(device_key(seed, Stream.PROBE), e), and the
+    head starts from fold_in of the same key and 2**32 - 1, which no epoch has. An epoch is one
+    dispatch, a scan over its batches; the last is padded and masked, nothing is dropped.
 
     Args:
       head: what is trained; a static argument of the compiled epoch.
       train: features (M, D) and labels to train on; copied to the device once.
       test: the same for the test, with the same D.
-      seed: of the permutations.
+      seed: of the permutations, and of what is random in the head's start.
       batch_size: >= 1.
       epochs: >= 1.
       before_epoch: called before each epoch, of which two at most are on the device; may raise to
@@ -193,7 +192,7 @@ def train_head(
     train_features_MD, train_labels_M = _on_device(train)
     test_features_MD, test_labels_M = _on_device(test)
     key = device_key(seed, Stream.PROBE)
-    state = head.init(train_features_MD.shape[1])
+    state = head.init(train_features_MD.shape[1], jax.random.fold_in(key, _START))
     correct_E: list[jax.Array] = []
     for epoch in range(epochs):
         if before_epoch is not None:
@@ -202,6 +201,28 @@ def train_head(
         state = _run_epoch(head, batch_size, state, train_features_MD, train_labels_M, key, epoch)
         correct_E.append(_count_correct(head, state, test_features_MD, test_labels_M))
     return state, 100.0 * np.array(jax.device_get(correct_E), np.float64) / len(test.labels_M)
+
+
+def cross_entropy(logits_BC: jax.Array, batch: Batch) -> jax.Array:
+    """Mean over the batch's rows that count, ()."""
+    loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, batch.labels_B)
+    return jnp.sum(loss_B * batch.mask_B) / jnp.sum(batch.mask_B)
+
+
+def update(
+    optimizer: optax.GradientTransformation, grads: PyTree, state: optax.OptState, params: PyTree
+) -> tuple[PyTree, optax.OptState]:
+    """Parameters and optimizer state after one step of Adam, whatever its rate."""
+    # Its bias correction raises a float to an int32: not allowed where promotion is strict.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = optimizer.update(grads, state)
+    return optax.apply_updates(params, updates), state
+
+
+def check_learning_rate(learning_rate: float) -> None:
+    """Raises: InputError: it is not positive."""
+    if learning_rate <= 0:
+        raise InputError("learning_rate", learning_rate, "> 0")
 
 
 @partial(jax.jit, static_argnames=("head", "batch_size"))

@@ -2,10 +2,12 @@
 
 A new evaluation adds its numbers to `NUMBERS`. The checks of a stored summary, the table at the end
 of a run and the report of a sweep follow from that. A sweep calls a number of the summary by its
-name alone, and a number of an attack by its place in the run's folder: `attack/NAME/mse_ratio`.
+name there, which is `transfer/NAME/knn_top1` for the data set NAME that the run was not trained on,
+and a number of an attack by its place in the run's folder: `attack/NAME/mse_ratio`.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 TOP1 = "top-1 %"
@@ -37,6 +39,14 @@ class Number:
 _IN_ORDER = (
     Number("linear_top1", "linear probe", TOP1, in_table=True, in_csv=True),
     Number("linear_top1_best_test_epoch", "linear probe, best test epoch", TOP1, in_csv=True),
+    Number(
+        "semi_10_top1",
+        "semi-supervised probe, 10 % of labels",
+        TOP1,
+        in_table=True,
+        in_csv=True,
+    ),
+    Number("semi_1_top1", "semi-supervised probe, 1 % of labels", TOP1, in_table=True, in_csv=True),
     Number("knn_top1", "kNN", TOP1, in_table=True, in_csv=True),
     Number(
         "linear_top1_released", "linear probe with noise or random pruning", TOP1, in_table=True
@@ -85,17 +95,43 @@ ATTACK_NUMBERS = {number.name: number for number in _OF_AN_ATTACK}
 """Those of attack.json by name, the most important first."""
 
 
+TRANSFER_NUMBERS = {
+    name: NUMBERS[name]
+    for name in (
+        "linear_top1",
+        "linear_top1_best_test_epoch",
+        "semi_10_top1",
+        "semi_1_top1",
+        "knn_top1",
+        "test_images",
+    )
+}
+"""Those of a transfer by the last part of their name in summary.json."""
+
+FAMILIES: Mapping[str, Mapping[str, Number]] = {
+    "attack": ATTACK_NUMBERS,
+    "transfer": TRANSFER_NUMBERS,
+}
+"""Numbers of which a run may have several sets, each with a name: `FAMILY/NAME/NUMBER`."""
+
+
 def number_of(name: str) -> Number:
-    """The number that a sweep calls so: `knn_top1`, or `attack/NAME/ssim.mean` with the attack's
-    name in its label.
+    """The number that a sweep calls so: `knn_top1`, `attack/NAME/ssim.mean` or
+    `transfer/NAME/knn_top1`, with the attack or the transfer in its label.
 
     Raises: KeyError: there is no such number.
     """
     match name.split("/"):
         case [plain]:
             return NUMBERS[plain]
-        case ["attack", attack, key] if attack:
-            number = ATTACK_NUMBERS[key]
-            label = f"{number.label} ({attack})"
-            return dataclasses.replace(number, name=name, label=label)
+        case [family, given, key] if family in FAMILIES and given:
+            number = FAMILIES[family][key]
+            which = given if family == "attack" else f"{family} to {given}"
+            return dataclasses.replace(number, name=name, label=f"{number.label} ({which})")
     raise KeyError(name)
+
+
+def images_behind(name: str) -> str:
+    """The number of test images that an accuracy was measured on, by the names of both."""
+    place, _, _ = name.rpartition("/")
+    return f"{place}/test_images" if place else "test_images"

@@ -1,8 +1,8 @@
-"""The data that the protocols of a run need: labelled splits, and their features."""
+"""The protocols by name, for a run's end and for later, and what they need: encoded splits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,10 +10,16 @@ import numpy as np
 from mocosfl_jax.config import Resolved
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.evaluation.features import encode
+from mocosfl_jax.evaluation.knn import knn_top1
+from mocosfl_jax.evaluation.linear_probe import Labelled, linear_probe
+from mocosfl_jax.evaluation.semi_supervised import FRACTIONS, semi_supervised_probe
 from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.models.split import Encoded, SplitModel, Variables
 from mocosfl_jax.privacy.release import Release
 from mocosfl_jax.randomness import Stream, device_key
+
+Results = dict[str, float]
+"""Accuracies in percent by their name in `NUMBERS`."""
 
 
 class LabelledImages(NamedTuple):
@@ -24,7 +30,7 @@ class LabelledImages(NamedTuple):
 
 
 class EvaluationData(NamedTuple):
-    """What both protocols need."""
+    """What is encoded for the protocols."""
 
     train: LabelledImages
     test: LabelledImages
@@ -114,3 +120,79 @@ class DrawnEncoder:
         latents = self.model.latents(variables.client, images_BHWC)
         sent = jax.vmap(lambda x, key: self.release(x[None], key)[0])(latents, keys_B)
         return self.model.encode_sent(variables, sent)
+
+
+# ------------------------------------------------------------------------------------ protocols
+
+
+class Evaluation(NamedTuple):
+    """What a protocol judges, and how.
+
+    config: of the run: the fields of its evaluation, and the seed. splits: encoded. num_classes: of
+    both. placement: of the devices that share the queries of kNN; None: the first one. check_stop:
+    called between the pieces of the work; may raise to end it.
+    """
+
+    config: Resolved
+    splits: Splits
+    num_classes: int
+    placement: Placement | None = None
+    check_stop: Callable[[], None] = lambda: None
+
+    @property
+    def probed(self) -> dict[str, Any]:
+        """What all probes are told: pooled features of both splits, and how to train on them."""
+        config, (train, test) = self.config, self.splits
+        return {
+            "train": Labelled(train.features, train.labels),
+            "test": Labelled(test.features, test.labels),
+            "num_classes": self.num_classes,
+            "seed": config.seed,
+            "learning_rate": config.probe_learning_rate,
+            "batch_size": config.probe_batch_size,
+            "epochs": config.probe_epochs,
+            "before_epoch": self.check_stop,
+        }
+
+
+def knn(evaluation: Evaluation) -> Results:
+    """Weighted kNN on normalised head outputs; the bank is the train split."""
+    config, (train, test) = evaluation.config, evaluation.splits
+    top1 = knn_top1(
+        test.embedding,
+        test.labels,
+        train.embedding,
+        train.labels,
+        num_classes=evaluation.num_classes,
+        k=config.knn_k,
+        temperature=config.knn_temperature,
+        placement=evaluation.placement,
+        before_chunk=evaluation.check_stop,
+    )
+    return {"knn_top1": top1}
+
+
+def linear(evaluation: Evaluation) -> Results:
+    """Linear probe; `config.probe_epochs` is at least 1."""
+    found = linear_probe(**evaluation.probed)
+    return {
+        "linear_top1": found.top1_last,
+        "linear_top1_best_test_epoch": found.top1_best_test_epoch,
+    }
+
+
+def semi_supervised(evaluation: Evaluation) -> Results:
+    """Semi-supervised probes, one for each share of the labels; `config.probe_epochs` is at
+    least 1."""
+    return {
+        name: semi_supervised_probe(**evaluation.probed, fraction=fraction)
+        for name, fraction in FRACTIONS.items()
+    }
+
+
+PROTOCOLS: dict[str, Callable[[Evaluation], Results]] = {
+    "knn": knn,
+    "linear": linear,
+    "semi_supervised": semi_supervised,
+}
+"""By name, in the order in which they run."""

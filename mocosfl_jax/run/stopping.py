@@ -135,24 +135,26 @@ class JointStopRequest(StopRequest):
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(answer: str = _STOPPING) -> Iterator[StopRequest]:
     """Turns the first SIGTERM or SIGINT into a request, and says so on stderr at once.
 
     A second one ends the process with status 128 + its number, also while the main thread is busy
     outside Python; files are replaced atomically, so what was saved before stays. All processes of
     a run enter and leave together. Outside the main thread, to which Python hands all signals, no
     request ever comes.
+
+    Args: answer: what is said after the name of the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield StopRequest()
         return
     stop = JointStopRequest(Notices()) if several() else StopRequest()
-    with contextlib.closing(stop), _heard_by(stop):
+    with contextlib.closing(stop), _heard_by(stop, answer):
         yield stop
 
 
 @contextlib.contextmanager
-def _heard_by(stop: StopRequest) -> Iterator[None]:
+def _heard_by(stop: StopRequest, answer: str) -> Iterator[None]:
     """Python runs handlers in the main thread, which XLA holds while it compiles or computes; the
     number of a signal is also written to a socket at once, from which a thread reads it."""
 
@@ -161,7 +163,7 @@ def _heard_by(stop: StopRequest) -> Iterator[None]:
 
     ear, mouth = socket.socketpair()
     mouth.setblocking(False)
-    listener = threading.Thread(target=_listen, args=(ear, stop), daemon=True)
+    listener = threading.Thread(target=_listen, args=(ear, stop, answer), daemon=True)
     listener.start()
     wakeup_before = signal.set_wakeup_fd(mouth.fileno())
     handlers_before = {number: signal.signal(number, note) for number in SIGNALS}
@@ -176,7 +178,7 @@ def _heard_by(stop: StopRequest) -> Iterator[None]:
         ear.close()
 
 
-def _listen(ear: socket.socket, stop: StopRequest) -> None:
+def _listen(ear: socket.socket, stop: StopRequest, answer: str) -> None:
     """Answers every signal until the other end is closed."""
     first = math.inf
     while byte := ear.recv(1):
@@ -190,4 +192,4 @@ def _listen(ear: socket.socket, stop: StopRequest) -> None:
         if first == math.inf:
             first = now
             stop.came = stop.came or came
-            say(f"{came.name}: {_STOPPING}")
+            say(f"{came.name}: {answer}")

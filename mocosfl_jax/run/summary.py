@@ -1,6 +1,7 @@
 """What DIR/summary.json holds, and what a person sees of it."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mocosfl_jax.config import Resolved
 from mocosfl_jax.config.recipe import Facts
 from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.evaluation.numbers import NUMBERS, TOP1, Number
+from mocosfl_jax.evaluation.numbers import NUMBERS, TOP1, TRANSFER_NUMBERS, Number
 from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.machine import peak_memory_bytes, versions
 from mocosfl_jax.run.checkpoint import Clock
@@ -93,14 +94,37 @@ def read_summary(path: Path) -> Summary:
     Raises: InputError: the file is not the summary of a run.
     """
     summary = read_json(path)
-    for name, number in NUMBERS.items():
-        value = summary.get(name)
+    _check_numbers(path, summary, NUMBERS)
+    for transfer, values in by_transfer(summary).items():
+        _check_numbers(path, values, TRANSFER_NUMBERS, f"transfer/{transfer}/")
+    return summary
+
+
+def _check_numbers(
+    path: Path, values: Summary, numbers: Mapping[str, Number], place: str = ""
+) -> None:
+    """Raises: InputError: one is missing that must be there, or is no number.
+
+    Args: place: what leads to the values' names in the file.
+    """
+    for name, number in numbers.items():
+        value = values.get(name)
         if number.required and not isinstance(value, int | float):
             allowed = "the summary of a run is needed; move it away to have it made again"
-            raise InputError(str(path), f"{name} {value!r}", allowed)
+            raise InputError(str(path), f"{place}{name} {value!r}", allowed)
         if not isinstance(value, int | float | None):
-            raise InputError(str(path), f"{name} {value!r}", "a number is needed")
-    return summary
+            raise InputError(str(path), f"{place}{name} {value!r}", "a number is needed")
+
+
+def by_transfer(summary: Summary) -> dict[str, Summary]:
+    """What a summary says of each data set that the run was not trained on, by the name that it
+    has there: of `transfer/svhn/knn_top1`, `{"svhn": {"knn_top1": ...}}`."""
+    found: dict[str, Summary] = {}
+    for name, value in summary.items():
+        match name.split("/"):
+            case ["transfer", transfer, key]:
+                found.setdefault(transfer, {})[key] = value
+    return found
 
 
 def standard_error(top1: float, images: int) -> float:
@@ -117,15 +141,30 @@ def results_table(summary: Summary) -> str:
     lines = [f"{summary['steps']} steps in {tqdm.format_interval(summary['wall_seconds'])}"]
     if summary.get("images_per_second"):
         lines[0] += f", {summary['images_per_second']:.0f} images/s"
+    return "\n".join([*lines, *numbers_table(summary), *summary.get("notes", [])])
+
+
+def numbers_table(summary: Summary) -> list[str]:
+    """Lines with the numbers that a person is shown, those on the run's own data last.
+
+    Args: summary: it may lack any number, but not the test images of an accuracy that it has.
+    """
+    lines = []
+    for transfer, values in sorted(by_transfer(summary).items()):
+        lines += _rows(values, f"transfer to {transfer}, ")
+    return lines + _rows(summary)
+
+
+def _rows(summary: Summary, heading: str = "") -> list[str]:
+    """A line a number, the most important last, under a heading."""
     rows = [number for number in reversed(NUMBERS.values()) if number.in_table]
     rows = [number for number in rows if summary.get(number.name) is not None]
     width = max((len(number.label) for number in rows), default=0)
+    lines = [f"  {number.label:<{width}}  {_shown(number, summary)}" for number in rows]
     if any(number.is_accuracy for number in rows):
-        lines.append(f"{TOP1} ± standard error, {summary['test_images']:,} test images:")
-    for number in rows:
-        lines.append(f"  {number.label:<{width}}  {_shown(number, summary)}")
-    lines += summary.get("notes", [])
-    return "\n".join(lines)
+        images = f"{summary['test_images']:,} test images"
+        lines.insert(0, f"{heading}{TOP1} ± standard error, {images}:")
+    return lines
 
 
 def _shown(number: Number, summary: Summary) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from mocosfl_jax.config import Config, Resolved
+from mocosfl_jax.config.data import prepare
 from mocosfl_jax.config.stored import config_from_json, differences, to_json
-from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.data.dataset import DatasetInfo, Prepared
 from mocosfl_jax.data.fingerprint import difference
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.checkpoint import has_unfinished, saved_steps
@@ -171,6 +172,37 @@ def read_stored(path: Path) -> Stored | None:
     if not isinstance(data, dict):
         raise InputError(str(data_path), data, "the fingerprint of a data set is needed")
     return Stored(config, data)
+
+
+def read_run(path: Path) -> Stored:
+    """What a folder says of the run in it, which may go on: nothing is locked or changed.
+
+    Returns: with a `Resolved` config.
+    Raises: InputError: no run of this version lies there.
+    """
+    stored = read_stored(path)
+    if stored is None:
+        raise InputError("--workdir", str(path), "the folder of a run is needed")
+    if not isinstance(stored.config, Resolved):
+        allowed = "its config.json lacks fields; resume the run first, which completes it"
+        raise InputError("--workdir", str(path), allowed)
+    return stored
+
+
+def prepare_again(stored: Stored, data_dir: str | None) -> Prepared:
+    """The data set that a run was trained on.
+
+    Args:
+      stored: of the run.
+      data_dir: where TFDS data sets lie; None: where the run found them.
+    Raises: InputError: it cannot be read, or has changed.
+    """
+    config = stored.config
+    prepared = prepare(dataclasses.replace(config, data_dir=data_dir or config.data_dir))
+    if stored.data is not None and (change := difference(stored.data, prepared.info.fingerprint)):
+        allowed = f"the run was trained on other data: {change}"
+        raise InputError("config.dataset", config.dataset, allowed)
+    return prepared
 
 
 def with_stored_stats(config: Resolved, stored: Config) -> Resolved:

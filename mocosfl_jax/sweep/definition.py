@@ -16,7 +16,7 @@ from urllib.parse import quote
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mocosfl_jax.attack.commandline import check_arguments
+from mocosfl_jax.attack import commandline as attack
 from mocosfl_jax.config import Config, check_types, default_config
 from mocosfl_jax.config.checks import check_fields
 from mocosfl_jax.config.data import data_options, deal
@@ -24,7 +24,8 @@ from mocosfl_jax.config.data import prepare as prepare_data
 from mocosfl_jax.config.stored import flat_fields
 from mocosfl_jax.data.dataset import Prepared
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.evaluation.numbers import ATTACK_NUMBERS, NUMBERS, number_of
+from mocosfl_jax.evaluate import options as evaluate
+from mocosfl_jax.evaluation.numbers import FAMILIES, NUMBERS, number_of
 from mocosfl_jax.run.commandline import define_flags, parse
 from mocosfl_jax.run.source import with_init_digest
 
@@ -75,8 +76,9 @@ def default_sweep(method: str = "mocosfl") -> ConfigDict:
     # Field whose values are the columns of the report and the x axis of its plot; or `metrics`: a
     # column a number, a row a cell of the grid.
     sweep.columns = "num_clients"
-    # Numbers in the report's table and plot, by their name in summary.json; those of an attack by
-    # `attack/NAME/` and their name in attack.json: `attack/N4C64/mse_ratio`.
+    # Numbers in the report's table and plot, by their name in summary.json: `knn_top1`,
+    # `transfer/svhn/knn_top1`; those of an attack by `attack/NAME/` and their name in attack.json:
+    # `attack/N4C64/mse_ratio`.
     sweep.metrics = ("linear_top1", "knn_top1")
     # Two numbers, x and y of a further plot with a point for each row and column of the table:
     # `("attack/N4C64/mse_ratio", "linear_top1")`. Empty: no such plot.
@@ -273,13 +275,14 @@ def _text(value: Any) -> str:
 
 
 def check_metrics(metrics: Iterable[str], where: str = "config.metrics") -> None:
-    """Raises: InputError: a name that is no number of a run, or of an attack on it."""
+    """Raises: InputError: a name that is no number of a run, of a transfer or of an attack."""
     for name in metrics:
         try:
             number_of(name)
         except KeyError:
-            prefix, known = ("attack/NAME/", ATTACK_NUMBERS) if "/" in name else ("", NUMBERS)
-            one = ", ".join(known)
+            family = name.split("/")[0]
+            prefix = f"{family}/NAME/" if family in FAMILIES else ""
+            one = ", ".join(FAMILIES.get(family, NUMBERS))
             raise InputError(where, name, f"{prefix}one of {one} is needed") from None
 
 
@@ -348,15 +351,22 @@ def _check_more(sweep: ConfigDict, name: str, grid: Fields) -> None:
             raise InputError(f"config.more_{name}", extra, allowed)
 
 
+_ARGUMENTS = {
+    "mocosfl_jax.attack": attack.check_arguments,
+    "mocosfl_jax.evaluate": evaluate.check_arguments,
+}
+"""Checks of the arguments of the package's own commands."""
+
+
 def _check_commands(commands: Iterable[Any]) -> None:
     for command in commands:
         if not _can_follow(command):
             allowed = "a module that exists and its options, without --workdir, are needed"
             raise InputError("config.commands", command, allowed)
         module, *options = shlex.split(command)
-        if module == "mocosfl_jax.attack":
+        if module in _ARGUMENTS:
             try:
-                check_arguments(options)
+                _ARGUMENTS[module](options)
             except InputError as error:
                 raise InputError("config.commands", command, str(error)) from None
 

@@ -8,8 +8,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.evaluation.numbers import ATTACK_NUMBERS, NUMBERS, number_of
+from mocosfl_jax.evaluation.numbers import (
+    ATTACK_NUMBERS,
+    NUMBERS,
+    TRANSFER_NUMBERS,
+    images_behind,
+    number_of,
+)
 from mocosfl_jax.run.storage import StorageError, write_text
+from mocosfl_jax.run.summary import by_transfer
 from mocosfl_jax.sweep.definition import METRICS, check_metrics, check_scatter, counted
 from mocosfl_jax.sweep.folder import Record, SweepFolder
 from mocosfl_jax.sweep.plots import plot, scatter
@@ -73,11 +80,13 @@ def markdown(records: Sequence[Record], table: Table) -> str:
 
 
 def long_form(records: Sequence[Record], columns: str, metrics: Sequence[str]) -> str:
-    """CSV, one row per run: its varied fields, the numbers of its summary and of attacks on it."""
+    """CSV, one row per run: its varied fields, the numbers of its summary, those of transfers among
+    them, and of attacks on it."""
     varied = [name for record in records for name in record.cell]
     fields = unique(varied if columns == METRICS else [columns, *varied])
     always = [number.name for number in NUMBERS.values() if number.in_csv]
-    results = unique([*metrics, *always, *_of_attacks(records), "epsilon_scope", "device"])
+    further = [*_of_transfers(records), *_of_attacks(records), "epsilon_scope", "device"]
+    results = unique([*metrics, *always, *further])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["run", "variant", *fields, "seed", "status", *results])
@@ -106,7 +115,8 @@ def _check(
         for metric in (*metrics, *xy):
             value = record.numbers.get(metric)
             if not isinstance(value, int | float | None):
-                where = f"{'summary' if metric in NUMBERS else 'attack'}.json of run {record.name}"
+                file = "attack" if metric.startswith("attack/") else "summary"
+                where = f"{file}.json of run {record.name}"
                 raise InputError(where, f"{metric} {value!r}", "a number is needed")
 
 
@@ -145,6 +155,13 @@ def _a_column_a_metric(table: Table) -> list[str]:
     return lines
 
 
+def _of_transfers(records: Sequence[Record]) -> list[str]:
+    """Names of the numbers that report.csv has of every transfer."""
+    transfers = sorted({name for record in records for name in by_transfer(record.summary or {})})
+    numbers = [number.name for number in TRANSFER_NUMBERS.values() if number.in_csv]
+    return [f"transfer/{transfer}/{number}" for transfer in transfers for number in numbers]
+
+
 def _of_attacks(records: Sequence[Record]) -> list[str]:
     """Names of the numbers that report.csv has of every attack."""
     attacks = sorted({name.rpartition("/")[0] for record in records for name in record.attacks})
@@ -156,11 +173,14 @@ def _notes(records: Sequence[Record], table: Table) -> list[str]:
     """What a reader needs to judge the numbers."""
     summaries = [record.summary for record in records if record.summary is not None]
     notes = []
-    accuracies = [
-        cell for (_, metric, _), cell in table.cells.items() if number_of(metric).is_accuracy
-    ]
-    sizes = sorted({s["test_images"] for s in summaries if s.get("test_images")})
-    if sizes and any(cell.values for cell in accuracies):
+    accuracies = {
+        metric
+        for (_, metric, _), cell in table.cells.items()
+        if cell.values and number_of(metric).is_accuracy
+    }
+    found = {s.get(images_behind(metric)) for s in summaries for metric in accuracies}
+    sizes = sorted(size for size in found if size)
+    if sizes:
         notes.append(f"Accuracy on {' or '.join(f'{n:,}' for n in sizes)} test images.")
     notes += _of_methods(records)
     if "knn_top1" in table.metrics and (at_init := _at_init(records)).values:
