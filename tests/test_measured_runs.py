@@ -127,7 +127,6 @@ def test_what_is_off_leaves_no_trace(npz):
     for name, section in MEASURED.items():
         for field, value in section.items():
             changed, _ = tiny.load(npz, **FIELDS, **pixels, **{name: {field: value}})
-            assert lowered(changed, dataset) != text
             assert run_values(changed) == {**values, f"{name}.{field}": value}
             assert plan(changed).bytes_up_per_client_round == plan(config).bytes_up_per_client_round
 
@@ -164,7 +163,6 @@ def test_ages_are_the_steps_that_a_queue_holds(npz):
             {"measure": {"hardness": True}, "queue_length": 9 * 513, "loss": "one_way"},
             "config.measure.hardness = True: a queue holds the keys of 513 steps, and at most 512",
         ),
-        ({"measure": {"hardness": 1}}, "config.measure.hardness = 1: "),
     ],
 )
 def test_values_that_cannot_hold_are_refused(npz, fields, words):
