@@ -9,6 +9,7 @@ ages, and prints what they predict for the sum over the others beside what was m
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from mocosfl_jax.run.metrics import read_metrics
 from mocosfl_jax.run.workdir import read_stored
 
 
-def measured(workdir: Path, last: int) -> tuple[Resolved, list[int], np.ndarray]:
-    """A run's config, the steps of its last measurements, and their mean by age, (A,).
+def measured(workdir: Path, last: int, until: int) -> tuple[Resolved, list[int], np.ndarray]:
+    """A run's config, the steps of its last measurements up to a step, and their mean by age, (A,).
 
     Raises: InputError: no run lies there, or none that measured every age.
     """
@@ -33,7 +34,8 @@ def measured(workdir: Path, last: int) -> tuple[Resolved, list[int], np.ndarray]
     config = stored.config
     names = [f"similarity_age_{age}" for age in range(1, queue_steps(config) + 1)]
     lines = read_metrics(workdir / "metrics.jsonl")
-    complete = [line for line in lines.values() if all(name in line for name in names)][-last:]
+    complete = [line for line in lines.values() if all(name in line for name in names)]
+    complete = [line for line in complete if line["step"] <= until][-last:]
     if not complete:
         allowed = "a run with config.measure.hardness that has filled its queue is needed"
         raise InputError("--workdir", str(workdir), allowed)
@@ -41,8 +43,10 @@ def measured(workdir: Path, last: int) -> tuple[Resolved, list[int], np.ndarray]
     return config, [line["step"] for line in complete], values.mean(axis=0)
 
 
-def report(workdir: Path, last: int) -> tuple[dict[str, Any], np.ndarray, Extrapolation]:
-    config, steps, similarity = measured(workdir, last)
+def report(
+    workdir: Path, last: int, until: int
+) -> tuple[dict[str, Any], np.ndarray, Extrapolation]:
+    config, steps, similarity = measured(workdir, last, until)
     keys = keys_per_step(config)
     found = extrapolate(similarity, keys)
     row = {
@@ -57,6 +61,7 @@ def report(workdir: Path, last: int) -> tuple[dict[str, Any], np.ndarray, Extrap
         "predicted": found.predicted,
         "measured": found.measured,
         "predicted_over_measured": found.predicted / found.measured,
+        "whole_hardness": float(keys * similarity.sum()),
         "similarity": [round(float(x), 5) for x in similarity],
     }
     return row, similarity, found
@@ -85,12 +90,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", action="append", type=Path, required=True, help="of a run")
     parser.add_argument("--last", type=int, default=20, help="measurements, the last ones")
+    parser.add_argument("--until", type=int, default=sys.maxsize, help="step to which they go")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     args = parser.parse_args()
     curves = {}
     for workdir in args.workdir:
-        row, similarity, found = report(workdir, args.last)
-        curves[workdir.name] = similarity, found
+        row, similarity, found = report(workdir, args.last, args.until)
+        first, final = row["steps"]
+        curves[f"{workdir.name}, steps {first} to {final}"] = similarity, found
         print(json.dumps(row))
     if args.plot:
         plot(curves, args.plot)
