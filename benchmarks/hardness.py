@@ -95,7 +95,10 @@ def main() -> None:
     args = parser.parse_args()
     curves = {}
     for workdir in args.workdir:
-        row, similarity, found = report(workdir, args.last, args.until)
+        try:
+            row, similarity, found = report(workdir, args.last, args.until)
+        except (InputError, ValueError) as error:
+            raise SystemExit(f"{workdir}: {error}") from None
         first, final = row["steps"]
         curves[f"{workdir.name}, steps {first} to {final}"] = similarity, found
         print(json.dumps(row))

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import hardness
 from mocosfl_jax.config.stored import run_values
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import single_device
@@ -32,15 +33,10 @@ FIELDS = {  # a cohort of 3 clients leaves a slot of padding on each mesh
     "probe_epochs": 0,
 }
 MEASURED = {"measure": {"hardness": True, "divergence": True}, "averaging": {"tau": 0.7}}
+PRIVATE = {"feature_sharing": False, "queue_length": 48, "batch_size": 2}
 RUNS = {
-    "shared": {**FIELDS, **MEASURED, "queue_length": 40},  # 18 keys a step
-    "private": {
-        **FIELDS,
-        **MEASURED,
-        "queue_length": 32,
-        "feature_sharing": False,
-        "batch_size": 2,
-    },
+    "shared": {**FIELDS, **MEASURED, "queue_length": 60},  # 18 keys a step
+    "private": {**FIELDS, **MEASURED, **PRIVATE},  # 12 rows; 4 keys a step and client
 }
 
 
@@ -75,10 +71,23 @@ def test_steps_with_a_sync_log_what_is_measured(whole):
     found = lines(whole[0])
     assert [line["step"] for line in found if "divergence" in line] == [2, 3, 5, 6]
     assert all(line["divergence"] > 0 for line in found if "divergence" in line)
-    by_age = [[line.get(f"similarity_age_{i}") for i in (1, 2, 3)] for line in found]
-    assert all(ages == [None] * 3 for ages in (by_age[0], by_age[3]))
-    assert all(ages[0] is not None and ages[2] is None for ages in (by_age[1], by_age[5]))
-    assert by_age[1][1] is None and None not in by_age[2][:2]  # one step's keys, then two's
+    ages = [[i for i in range(1, 5) if f"similarity_age_{i}" in line] for line in found]
+    assert ages == [[], [1], [1, 2], [], [1, 2, 3], [1, 2, 3]]  # as keys are written
+
+
+def test_the_fit_takes_the_last_complete_measurements(whole, tmp_path):
+    folder, _ = whole
+    row, similarity, found = hardness.report(folder, last=2, until=6)
+    values = [[line[f"similarity_age_{i}"] for i in (1, 2, 3)] for line in lines(folder)[4:]]
+    np.testing.assert_allclose(similarity, np.mean(values, axis=0))
+    keys = 18 if folder.name.startswith("shared") else 4
+    assert (row["steps"], row["keys_a_step"], row["fitted"]) == ([5, 6], keys, 2)
+    assert row["measured"] == pytest.approx(keys * similarity[2])
+    assert hardness.report(folder, last=2, until=5)[0]["steps"] == [5, 5]
+    hardness.plot({"run": (similarity, found)}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="has filled its queue"):
+        hardness.report(folder, last=2, until=3)
 
 
 def test_devices_and_chunks_change_nothing(whole, npz, tmp_path):

@@ -214,7 +214,7 @@ class MocoSFL:
                 server.client,
             )
         syncs, synced = server.syncs, cohort.synced
-        if syncs is not None:
+        if syncs is not None and synced is not None:
             syncs = syncs + batch.sync.astype(jnp.int32)
             synced = jnp.where(batch.sync, syncs, synced)
         # loss: mean over rows, views added, before the update. accuracy: percent of rows whose
@@ -225,7 +225,8 @@ class MocoSFL:
             "accuracy": Metric(100 * sums.correct, rows),
         }
         if own.learned.queries is not None:
-            met = server.queue or cohort.queue
+            met = cohort.queue if server.queue is None else server.queue
+            assert met is not None, "one of the two exists"
             metrics |= similarity_metrics(self.server, own.learned.queries, met, batch)
         if after.divergence is not None:
             metrics |= divergence_metric(after.divergence, batch)
