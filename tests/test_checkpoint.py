@@ -7,7 +7,9 @@ import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,10 +72,12 @@ def find(npz) -> Callable[[Path], Found]:
     rounds = Rounds(config, single_device(), program_of(config))
     shapes = rounds.abstract_unpadded()
 
-    def find(folder: Path) -> Found:
-        stored = read_stored(folder)
+    def find(folder: Path, kind: Any = None) -> Found:
+        """kind: of what clients keep, in place of the method's."""
+        stored, kept = read_stored(folder), shapes.population
         identity = Identity(stored.config, data_digest(stored.data))
-        return find_newest(folder / "checkpoints", shapes, identity)
+        kept = kept if kind is None else kind(kept.key_params, kept.opt_state)
+        return find_newest(folder / "checkpoints", shapes.replace(population=kept), identity)
 
     return find
 
@@ -284,6 +288,28 @@ def test_a_checkpoint_of_version_0_1_holds_the_same(copy, whole, find):
     assert not found.bad
     assert jax.tree.structure(found.restored.state) == jax.tree.structure(expected.state)
     jax.tree.map(np.testing.assert_array_equal, found.restored.state, expected.state)
+
+
+class Fewer(flax.struct.PyTreeNode):
+    """What the clients of `whole` keep, without the fields that are None."""
+
+    key_params: Any
+    opt_state: Any
+
+
+class More(Fewer):
+    later: Any = None
+
+
+@pytest.mark.parametrize("kind", [Fewer, More])
+def test_fields_that_are_none_are_no_part_of_a_checkpoint(kind, whole, find):
+    """So that one can be added without another layout."""
+    state, expected = find(whole, kind).restored.state, find(whole).restored.state
+    assert type(state.population) is kind
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+    bad = find(whole, lambda *kept: More(*kept, np.float32(0))).bad
+    assert bad[18] == "damaged: it lacks the array population/later"
 
 
 def test_checkpoints_of_another_width_are_not_continued(copy, npz):

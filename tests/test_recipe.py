@@ -22,7 +22,7 @@ from mocosfl_jax.config.stored import (
 from mocosfl_jax.config.types import FIELDS
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.methods.mocosfl.recipe import keys_per_step
+from mocosfl_jax.methods.mocosfl.build import keys_per_step
 
 INFO = DatasetInfo(name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10)
 NEWER = {"mix_fraction", "mix_batch_size", "init_parts", "init_digest"}  # fields, at their defaults

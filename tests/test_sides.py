@@ -20,8 +20,9 @@ from mocosfl_jax.learning.sgd import sgd
 from mocosfl_jax.methods.mocosfl import client, server
 from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState
 from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents
-from mocosfl_jax.methods.mocosfl.method import MocoSFL, MocoState, Participant
+from mocosfl_jax.methods.mocosfl.method import MocoSFL
 from mocosfl_jax.methods.mocosfl.server import ServerSide, ServerState
+from mocosfl_jax.methods.mocosfl.state import MocoState, Participant
 from mocosfl_jax.models.contract import Network
 from mocosfl_jax.models.split import SplitModel, build_model
 
@@ -85,7 +86,7 @@ class OneClient:
         return client.upload(self.state, aligned)
 
     def take_model(self, model: ClientModel) -> None:
-        self.state = client.receive(self.state, model)
+        self.state = client.receive(self.side, self.state, model)
 
 
 class Server:

@@ -5,13 +5,11 @@ exported encoder apply them too, but for noise and random pruning.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from mocosfl_jax.config.fields import Config
 from mocosfl_jax.config.ranges import ABOVE_0, AT_LEAST_0, FROM_0_BELOW_1, Range, one_of
 from mocosfl_jax.privacy.release import FULL_BITS, PRUNINGS, Release
-
-Section = TypeVar("Section")
 
 OFF_OR_FINITE = Range(
     "0 (off), or a number from 1e-6 to 1e6, is needed", lambda x: x == 0 or 1e-6 <= x <= 1e6
@@ -99,19 +97,13 @@ EVALUATED = ("clip", "prune", "quantize")
 """Those on which an encoder's answers depend."""
 
 
-def defence(config: Config, kind: type[Section]) -> Section:
-    """The section of this type; that of no defence where the method has none."""
-    found = (section for section in config.sections.values() if isinstance(section, kind))
-    return next(found, kind())
-
-
 def release_of(config: Config) -> Release | None:
     """What is done to latents before they are sent; None: nothing.
 
     Args: config: passed `check_fields`.
     """
-    norm, bits = defence(config, Clip).norm, defence(config, Quantize).bits
-    prune, noise = defence(config, Prune), defence(config, Noise)
+    norm, bits = config.section_or_default(Clip).norm, config.section_or_default(Quantize).bits
+    prune, noise = config.section_or_default(Prune), config.section_or_default(Noise)
     if not norm and not prune.fraction and bits == FULL_BITS:
         return None
     return Release(

@@ -259,6 +259,11 @@ class Config:
                 return section
         raise KeyError(kind.__name__)
 
+    def section_or_default(self, kind: type[Section]) -> Section:
+        """The section of this type; one of defaults where the method has none."""
+        found = (section for section in self.sections.values() if isinstance(section, kind))
+        return next(found, kind())
+
 
 @dataclass(frozen=True)
 class Resolved(Config):

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mocosfl_jax.config.averaging import Averaging
 from mocosfl_jax.config.defences import DEFENCES
 from mocosfl_jax.config.fields import EXECUTION_FIELDS, METHOD_FIELDS, Config, Resolved
+from mocosfl_jax.config.measure import Measure
 from mocosfl_jax.config.recipe import find_recipe
 from mocosfl_jax.config.types import FIELDS, check_types, value_types
 from mocosfl_jax.errors import InputError
@@ -20,6 +22,8 @@ _MEANING_WITHOUT_FIELD = {
 """What a field means in a stored config that lacks it, where that is not today's default. A new
 field whose default changes what a run does needs an entry."""
 
+_NEWER_SECTIONS = {**DEFENCES, "averaging": Averaging, "measure": Measure}
+
 _NEWER_THAN_IDENTITY = {
     "method": "mocosfl",
     "mix_fraction": 1.0,
@@ -28,7 +32,7 @@ _NEWER_THAN_IDENTITY = {
     "init_digest": None,
     **{
         f"{name}.{field.name}": field.default
-        for name, section in DEFENCES.items()
+        for name, section in _NEWER_SECTIONS.items()
         for field in dataclasses.fields(section)
     },
 }

@@ -12,16 +12,21 @@ class Queue(flax.struct.PyTreeNode):
     """Keys of earlier steps, the oldest overwritten first.
 
     keys: (K, D) float32, unit rows. ptr: () int32 in [0, K), the row written next.
-    Private queues carry a leading client axis on both.
+    age: (K,) int32, calls of `enqueue` since a row was written, that one included; 0 of the rows
+      that a queue starts with. None: not kept.
+    Private queues carry a leading client axis on all of them.
     """
 
     keys: jax.Array
     ptr: jax.Array
+    age: jax.Array | None = None
 
 
-def init_queue(key: jax.Array, length: int, width: int) -> Queue:
-    """Random unit rows (length, width), pointer 0."""
-    return Queue(normalize(jax.random.normal(key, (length, width))), jnp.zeros((), jnp.int32))
+def init_queue(key: jax.Array, length: int, width: int, ages: bool = False) -> Queue:
+    """Random unit rows (length, width), pointer 0. ages: whether those of rows are kept."""
+    rows = normalize(jax.random.normal(key, (length, width)))
+    age = jnp.zeros(length, jnp.int32) if ages else None
+    return Queue(rows, jnp.zeros((), jnp.int32), age)
 
 
 def enqueue(queue: Queue, keys_MD: jax.Array, mask_M: jax.Array) -> Queue:
@@ -41,4 +46,8 @@ def enqueue(queue: Queue, keys_MD: jax.Array, mask_M: jax.Array) -> Queue:
     slot_M = (queue.ptr + count_M - 1) % length
     slot_M = jnp.where(mask_M, slot_M, length)  # out of range: dropped
     keys = queue.keys.at[slot_M].set(keys_MD, mode="drop")
-    return Queue(keys, (queue.ptr + count_M[-1]) % length)
+    age = None
+    if queue.age is not None:
+        older = jnp.where(queue.age > 0, queue.age + 1, 0)
+        age = older.at[slot_M].set(1, mode="drop")
+    return Queue(keys, (queue.ptr + count_M[-1]) % length, age)

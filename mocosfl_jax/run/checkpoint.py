@@ -266,9 +266,37 @@ def _read(path: Path, abstract_state: Any, identity: Identity) -> _Read:
         if seal is None or "layout" not in seal:
             former = find_recipe(identity.config.method).former
         shapes = abstract_state if former is None else former.to_former(abstract_state)
-        state_args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        state = checkpointer.restore(path, state_args).state
+        stored = _as_stored(shapes, handlers["state"].metadata(path / "state").tree)
+        state_args = ocp.args.Composite(state=ocp.args.StandardRestore(stored))
+        state = _as_shaped(checkpointer.restore(path, state_args).state, shapes)
         return _Read(state, former, found.clock, seal)
+
+
+def _as_stored(shapes: Any, stored: Any) -> Any:
+    """The leaves of `shapes` in the containers of a checkpoint.
+
+    A checkpoint is its arrays by their names. Orbax compares empty nodes as well, so that a field
+    which is None could not be added to the state.
+
+    Raises: ValueError: the checkpoint has other arrays.
+    """
+    wanted, found = _by_name(shapes), _by_name(stored)
+    if others := wanted.keys() ^ found.keys():
+        kind = "lacks" if others & wanted.keys() else "has also"
+        raise ValueError(f"it {kind} the array {min(others)}")
+    return jax.tree.unflatten(jax.tree.structure(stored), [wanted[name] for name in found])
+
+
+def _as_shaped(stored: Any, shapes: Any) -> Any:
+    """The leaves that were read in the containers of `shapes`."""
+    found = _by_name(stored)
+    return jax.tree.unflatten(jax.tree.structure(shapes), [found[x] for x in _by_name(shapes)])
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Leaves by the names of their fields, keys and positions, whatever the types around them."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
 def _barrier() -> Callable[..., None]:

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from mocosfl_jax import __version__
 from mocosfl_jax.config import Config, Resolved
 from mocosfl_jax.config.checks import check_fields
-from mocosfl_jax.config.defences import DEFENCES, EVALUATED, defence
+from mocosfl_jax.config.defences import DEFENCES, EVALUATED
 from mocosfl_jax.config.network import model_of
 from mocosfl_jax.config.stored import config_from_json
 from mocosfl_jax.errors import InputError
@@ -99,7 +99,7 @@ def save_encoder(path: Path, config: Resolved, variables: Variables, step: int) 
 
 def _sections_of(config: Config) -> dict[str, dict[str, Any]]:
     """Values of the sections that an encoder depends on, by name, without those that are off."""
-    found: dict[str, Any] = {name: defence(config, DEFENCES[name]) for name in EVALUATED}
+    found: dict[str, Any] = {name: config.section_or_default(DEFENCES[name]) for name in EVALUATED}
     return {
         name: dataclasses.asdict(section)
         for name, section in found.items()

@@ -2,8 +2,10 @@
 
 import jax
 
+from mocosfl_jax.config.averaging import Averaging
 from mocosfl_jax.config.defences import release_of
 from mocosfl_jax.config.fields import Resolved
+from mocosfl_jax.config.measure import Measure
 from mocosfl_jax.config.network import model_of, network_of
 from mocosfl_jax.config.resolve import largest_divisor
 from mocosfl_jax.federated.axes import NO_MESH, Axes
@@ -25,7 +27,7 @@ def build(config: Resolved, axes: Axes = NO_MESH, devices: int = 1) -> MocoSFL:
     """MocoSFL on a mesh of so many `devices` with these `axes`."""
     model = model_of(config, axes.rows)
     loss, optimizer = LOSSES[config.loss], sgd(config.momentum, config.weight_decay)
-    owners = 1 if config.feature_sharing else config.num_clients
+    measure = config.section_or_default(Measure)
     return MocoSFL(
         model=model,
         client=ClientSide(
@@ -36,17 +38,42 @@ def build(config: Resolved, axes: Axes = NO_MESH, devices: int = 1) -> MocoSFL:
             frozen=config.client_learning_rate == 0,
             release=release_of(config),
             extra_gradient=extra_gradient_of(config),
+            tau=config.section_or_default(Averaging).tau,
         ),
-        server=ServerSide(model, optimizer, loss, config.temperature, config.ema),
+        server=ServerSide(
+            net=model,
+            optimizer=optimizer,
+            loss=loss,
+            temperature=config.temperature,
+            ema=config.ema,
+            ages=queue_steps(config) if measure.hardness else 0,
+        ),
         learning_rate=config.learning_rate,
         client_learning_rate=config.client_learning_rate,
-        queue_rows=config.queue_length // owners,
+        queue_rows=queue_rows(config),
         private_queues=not config.feature_sharing,
         align=config.align_momentum,
         persistent=config.client_state == "persistent",
+        measures_divergence=measure.divergence,
         chunks=config.cohort_chunks or _chunks(config, devices),
         axes=axes,
     )
+
+
+def queue_rows(config: Resolved) -> int:
+    """Rows of the queue, or of each private one."""
+    return config.queue_length // (1 if config.feature_sharing else config.num_clients)
+
+
+def keys_per_step(config: Resolved) -> int:
+    """Rows that one step writes to the queue, or to each private queue."""
+    clients = config.cohort_size if config.feature_sharing else 1
+    return clients * config.images_a_step * LOSSES[config.loss].keys
+
+
+def queue_steps(config: Resolved) -> int:
+    """Steps whose keys a queue holds all of."""
+    return queue_rows(config) // keys_per_step(config)
 
 
 def _chunks(config: Resolved, devices: int) -> int:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mocosfl_jax.learning.divergence import divergence, own_share
 from mocosfl_jax.learning.ema import ema_update
 from mocosfl_jax.learning.sgd import sgd_update
 from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents, Params
@@ -76,7 +77,8 @@ class ClientSide:
     both_views: each encoder sees both views, 2B rows (MonAcoSFL). frozen: the model is not trained.
     release: what is done to latents before they are sent; None: nothing.
     extra_gradient: what the client adds to the gradient that it is sent; None: nothing.
-    Raises: ValueError: an extra gradient for a model that is not trained.
+    tau: of divergence-aware averaging, see `own_share`; 0: a sync gives the client the average.
+    Raises: ValueError: an extra gradient, or a tau, for a model that is not trained.
     """
 
     net: nn.Module
@@ -86,10 +88,13 @@ class ClientSide:
     frozen: bool = False
     release: Release | None = None
     extra_gradient: ExtraGradient | None = None
+    tau: float = 0.0
 
     def __post_init__(self) -> None:
         if self.frozen and self.extra_gradient is not None:
             raise ValueError("a frozen client has no use for an extra gradient")
+        if self.frozen and self.tau:
+            raise ValueError("a frozen client has nothing of its own to keep at a sync")
 
     @property
     def needs_key(self) -> bool:
@@ -101,13 +106,15 @@ class ClientState(flax.struct.PyTreeNode):
     """One client within a round.
 
     params: the online model. key_params: the key encoder. opt_state: of SGD. extra: the state of
-    `ClientSide.extra_gradient`, else None.
+    `ClientSide.extra_gradient`, else None. scale: lambda of divergence-aware averaging, () float32,
+    0 before the first sync; None without it.
     """
 
     params: Params
     key_params: Params
     opt_state: optax.OptState
     extra: Any = None
+    scale: jax.Array | None = None
 
 
 class Pending(NamedTuple):
@@ -211,9 +218,17 @@ def upload(state: ClientState, aligned: bool) -> ClientModel:
     return ClientModel(state.params, state.key_params if aligned else None)
 
 
-def receive(state: ClientState, model: ClientModel) -> ClientState:
-    """The client with the average; optimizer state and unaligned key encoders stay."""
-    aligned = model.key_params is not None
-    return state.replace(
-        params=model.params, key_params=model.key_params if aligned else state.key_params
-    )
+def receive(side: ClientSide, state: ClientState, average: ClientModel) -> ClientState:
+    """The client with the average; optimizer state and unaligned key encoders stay.
+
+    In divergence-aware averaging it keeps a share of its own online model, and of an aligned key
+    encoder, which follows the online model.
+    """
+    model, scale = average, state.scale
+    if side.tau:
+        assert scale is not None, "clients have a scale where there is a tau"
+        share, scale = own_share(side.tau, scale, divergence(state.params, average.params))
+        own = upload(state, average.key_params is not None)
+        model = jax.tree.map(lambda x, mean: share * x + (1 - share) * mean, own, average)
+    key_params = state.key_params if model.key_params is None else model.key_params
+    return state.replace(params=model.params, key_params=key_params, scale=scale)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from mocosfl_jax.config.defences import Noise, NoPeek, ResSFL, defence, release_of
+from mocosfl_jax.config.defences import Noise, NoPeek, ResSFL, release_of
 from mocosfl_jax.config.fields import Resolved
 from mocosfl_jax.config.network import sent_shape
 from mocosfl_jax.config.recipe import Facts
@@ -29,14 +29,14 @@ def check_defences(config: Resolved) -> None:
 
 
 def _check_noise(config: Resolved) -> None:
-    noise, release = defence(config, Noise), release_of(config)
+    noise, release = config.section_or_default(Noise), release_of(config)
     if noise.multiplier > 0 and (release is None or release.clip_norm is None):
         allowed = "the noise and its epsilon are measured by config.clip.norm, which is off: set it"
         raise InputError("config.noise.multiplier", noise.multiplier, allowed)
 
 
 def _check_nopeek(config: Resolved) -> None:
-    weight = defence(config, NoPeek).weight
+    weight = config.section_or_default(NoPeek).weight
     if not weight:
         return
     _check_trained(config, "config.nopeek.weight", weight)
@@ -48,7 +48,7 @@ def _check_nopeek(config: Resolved) -> None:
 
 def check_holdings(config: Resolved, partition: ClientImages) -> None:
     """Raises: InputError: a client that takes part has too few images for a defence."""
-    weight = defence(config, NoPeek).weight
+    weight = config.section_or_default(NoPeek).weight
     if not weight:
         return
     held = partition.sizes[partition.sizes > 0] + (config.mix_batch_size or 0)
@@ -58,7 +58,7 @@ def check_holdings(config: Resolved, partition: ClientImages) -> None:
 
 
 def _check_ressfl(config: Resolved) -> None:
-    section = defence(config, ResSFL)
+    section = config.section_or_default(ResSFL)
     try:
         parse_decoder(section.decoder)
         if section.alpha:
@@ -84,9 +84,9 @@ def _check_trained(config: Resolved, where: str, value: float) -> None:
 def extra_gradient_of(config: Resolved) -> ExtraGradient | None:
     """What a client adds to the gradient that it is sent; None: nothing."""
     parts: list[ExtraGradient] = []
-    if weight := defence(config, NoPeek).weight:
+    if weight := config.section_or_default(NoPeek).weight:
         parts.append(nopeek.NoPeek(weight))
-    section = defence(config, ResSFL)
+    section = config.section_or_default(ResSFL)
     if section.alpha:
         shape, rows = parse_decoder(section.decoder), LOSSES[config.loss].rows
         attacker = SimulatedAttacker(
@@ -106,7 +106,7 @@ def facts(config: Resolved, most_draws: Callable[[], int]) -> Facts:
     While clients train, the models that they send at syncs depend on their images too, so epsilon
     says something of the run only where clients are frozen.
     """
-    release, noise = release_of(config), defence(config, Noise)
+    release, noise = release_of(config), config.section_or_default(Noise)
     if release is None:
         return Facts()
     notes = _of_accuracies(release)

@@ -12,8 +12,8 @@ import flax.struct
 from mocosfl_jax.federated.state import TrainState
 from mocosfl_jax.methods.mocosfl.client import ClientState
 from mocosfl_jax.methods.mocosfl.messages import ClientModel
-from mocosfl_jax.methods.mocosfl.method import Kept, MocoState, Participant
 from mocosfl_jax.methods.mocosfl.server import ServerState
+from mocosfl_jax.methods.mocosfl.state import Kept, MocoState, Participant
 
 
 class FormerServer(flax.struct.PyTreeNode):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,45 +17,16 @@ from mocosfl_jax.federated.average import average, hand_out
 from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.federated.chunks import over_chunks
 from mocosfl_jax.federated.contract import Batch, Message, Metric, StepResult, Tree
+from mocosfl_jax.learning.divergence import divergence
 from mocosfl_jax.learning.queue import Queue, init_queue
 from mocosfl_jax.methods.mocosfl import client as client_side
 from mocosfl_jax.methods.mocosfl import server as server_side
 from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Pending, Totals
+from mocosfl_jax.methods.mocosfl.measures import divergence_metric, similarity_metrics
 from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents, Params
 from mocosfl_jax.methods.mocosfl.server import Learned, ServerSide, ServerState
+from mocosfl_jax.methods.mocosfl.state import Kept, Mixed, MocoState, Participant
 from mocosfl_jax.models.split import SplitModel, Variables
-
-
-class MocoState(flax.struct.PyTreeNode):
-    """One copy of each.
-
-    server: the server's models. client: what all clients had in common after the last sync.
-    queue: the shared queue; None where clients have private ones.
-    """
-
-    server: ServerState
-    client: ClientModel
-    queue: Queue | None
-
-
-class Participant(flax.struct.PyTreeNode):
-    """One client within a round. queue: its private queue, which the server keeps for it."""
-
-    client: ClientState
-    queue: Queue | None
-
-
-class Kept(flax.struct.PyTreeNode):
-    """What one client keeps between rounds, None where it does not.
-
-    key_params: an unaligned key encoder. opt_state, extra: see `ClientState`; kept by persistent
-    clients. queue: a private queue.
-    """
-
-    key_params: Params | None
-    opt_state: Any
-    extra: Any
-    queue: Queue | None
 
 
 class Messages(NamedTuple):
@@ -83,6 +53,15 @@ class _Rows(NamedTuple):
     latents: Latents
 
 
+class _Synced(NamedTuple):
+    """After a step. common: what the server sends at a round's start. divergence: of each client
+    at this sync, (C,); None where it is not measured."""
+
+    clients: ClientState
+    common: ClientModel
+    divergence: jax.Array | None
+
+
 @dataclass(frozen=True)
 class MocoSFL:
     """The method, a `federated.contract.Method`; fixed for a run and hashable.
@@ -91,6 +70,7 @@ class MocoSFL:
     learning_rate, client_learning_rate: at the start, of server and clients.
     queue_rows: of the shared queue, or of each private one. private_queues: no feature sharing.
     align: a sync averages key encoders too (MonAcoSFL). persistent: clients keep their state.
+    measures_divergence: whether that of the clients at a sync is measured.
     chunks, axes: see `Method`.
     Raises: ValueError: chunks with a BatchNorm head; stateless clients that would lose something.
     """
@@ -104,6 +84,7 @@ class MocoSFL:
     private_queues: bool = False
     align: bool = False
     persistent: bool = True
+    measures_divergence: bool = False
     chunks: int = 1
     axes: Axes = NO_MESH
 
@@ -115,6 +96,8 @@ class MocoSFL:
             raise ValueError(f"chunks = {self.chunks}: a BatchNorm head needs all rows at once: 1")
         if not self.persistent and (self.private_queues or not self.align or self._extra_state()):
             raise ValueError("stateless clients take a shared queue and aligned key encoders")
+        if not self.persistent and self.client.tau:
+            raise ValueError("stateless clients keep nothing of their own models: tau = 0")
 
     @property
     def chance(self) -> float:
@@ -130,6 +113,7 @@ class MocoSFL:
             server=ServerState(server, server, opt_state, stats, stats),
             client=ClientModel(client, client if self.align else None),
             queue=None if self.private_queues else self._new_queue(state_key),
+            syncs=jnp.zeros((), jnp.int32) if self.client.tau else None,
         )
 
     def start(self, server: MocoState, variables: Variables) -> MocoState:
@@ -147,14 +131,20 @@ class MocoSFL:
             opt_state=self.client.optimizer.init(params) if self.persistent else None,
             extra=None if extra is None else extra.init(jax.random.fold_in(key, 1)),
             queue=self._new_queue(key) if self.private_queues else None,
+            mixed=self._mixed(server.client, jnp.zeros(()), jnp.zeros((), jnp.int32)),
         )
 
     def join(self, server: MocoState, own: Kept) -> Participant:
-        common, opt_state = server.client, own.opt_state
+        start, opt_state, mixed = server.client, own.opt_state, own.mixed
         if not self.persistent:
-            opt_state = self.client.optimizer.init(common.params)
-        key_params = common.key_params if self.align else own.key_params
-        return Participant(ClientState(common.params, key_params, opt_state, own.extra), own.queue)
+            opt_state = self.client.optimizer.init(start.params)
+        scale = synced = None
+        if mixed is not None:
+            scale, synced = mixed.scale, mixed.synced
+            start = _latest(server, mixed)
+        key_params = start.key_params if self.align else own.key_params
+        client = ClientState(start.params, key_params, opt_state, own.extra, scale)
+        return Participant(client, own.queue, synced)
 
     def leave(self, participant: Participant) -> Kept:
         client = participant.client
@@ -163,7 +153,13 @@ class MocoSFL:
             opt_state=client.opt_state if self.persistent else None,
             extra=client.extra,
             queue=participant.queue,
+            mixed=self._mixed(
+                client_side.upload(client, self.align), client.scale, participant.synced
+            ),
         )
+
+    def _mixed(self, model: ClientModel, scale: Any, synced: Any) -> Mixed | None:
+        return Mixed(model, scale, synced) if self.client.tau else None
 
     def _extra_state(self) -> bool:
         """Whether the extra gradient has a state, which a client would have to keep."""
@@ -173,7 +169,7 @@ class MocoSFL:
         )
 
     def _new_queue(self, key: jax.Array) -> Queue:
-        return init_queue(key, self.queue_rows, self.model.head.width)
+        return init_queue(key, self.queue_rows, self.model.head.width, ages=self.server.ages > 0)
 
     # --------------------------------------------------------------------------------- one step
 
@@ -207,15 +203,20 @@ class MocoSFL:
         models = server_side.update(self.server, models, server_grad, own.learned, rate)
 
         # 6. Sync. Frozen clients stay alike without one.
-        clients, common = own.clients, server.client
-        if not self.client.frozen:
-            clients, common = jax.lax.cond(
+        if self.client.frozen:
+            after = self._unsynced(own.clients, server.client)
+        else:
+            after = jax.lax.cond(
                 batch.sync,
                 lambda clients, _: self._sync(clients, batch.weight),
-                lambda clients, common: (clients, common),
-                clients,
-                common,
+                self._unsynced,
+                own.clients,
+                server.client,
             )
+        syncs, synced = server.syncs, cohort.synced
+        if syncs is not None and synced is not None:
+            syncs = syncs + batch.sync.astype(jnp.int32)
+            synced = jnp.where(batch.sync, syncs, synced)
         # loss: mean over rows, views added, before the update. accuracy: percent of rows whose
         # positive has a larger logit than every key in the queue (of the last view).
         metrics = {
@@ -223,9 +224,15 @@ class MocoSFL:
             "loss": Metric(sums.loss, rows),
             "accuracy": Metric(100 * sums.correct, rows),
         }
+        if own.learned.queries is not None:
+            met = cohort.queue if server.queue is None else server.queue
+            assert met is not None, "one of the two exists"
+            metrics |= similarity_metrics(self.server, own.learned.queries, met, batch)
+        if after.divergence is not None:
+            metrics |= divergence_metric(after.divergence, batch)
         return StepResult(
-            MocoState(models, common, queue),
-            Participant(clients, queues),
+            MocoState(models, after.common, queue, syncs),
+            Participant(after.clients, queues, synced),
             metrics,
             Messages(own.latents, _by_client(own.learned, own.latents)) if messages else None,
         )
@@ -274,11 +281,21 @@ class MocoSFL:
         keys = tuple(self.axes.gather_rows(key, axis=0) for key in keys)
         return server_side.write_keys(shared, keys, self.axes.gather_rows(mask_R, axis=0)), None
 
-    def _sync(self, clients: ClientState, weight_C: jax.Array) -> tuple[ClientState, ClientModel]:
-        """All clients with the average of their models, and that average."""
+    def _sync(self, clients: ClientState, weight_C: jax.Array) -> _Synced:
+        """All clients with the average of their models, or with some of it, and that average."""
         models = client_side.upload(clients, self.align)
         mean = average(models, weight_C, self.axes)
-        return client_side.receive(clients, hand_out(mean, models, self.axes)), mean
+        apart = None
+        if self.measures_divergence:
+            apart = jax.vmap(divergence, in_axes=(0, None))(clients.params, mean.params)
+        handed = hand_out(mean, models, self.axes)
+        received = jax.vmap(partial(client_side.receive, self.client))(clients, handed)
+        return _Synced(received, mean, apart)
+
+    def _unsynced(self, clients: ClientState, common: ClientModel) -> _Synced:
+        slots = len(jax.tree.leaves(clients)[0])
+        apart = self.axes.vary(jnp.zeros(slots)) if self.measures_divergence else None
+        return _Synced(clients, common, apart)
 
     # --------------------------------------------------------------- what else the loop asks
 
@@ -290,7 +307,8 @@ class MocoSFL:
 
     def sharded(self, server: MocoState) -> Tree:
         models = ServerState(True, True, True, stats=False, key_stats=False)
-        return MocoState(models, client=cast(Any, False), queue=cast(Any, False))
+        once = cast(Any, False)
+        return MocoState(models, client=once, queue=once, syncs=once)
 
     def traffic(self, images: jax.ShapeDtypeStruct) -> tuple[Message, ...]:
         """Masks, one bit a row, are not counted."""
@@ -358,6 +376,12 @@ class MocoSFL:
 
         variables = jax.eval_shape(self.model.init, jax.random.key(0))
         return jax.eval_shape(one_step, variables.client, images)
+
+
+def _latest(server: MocoState, own: Mixed) -> ClientModel:
+    """A client's own model if it took part in the last sync, else the average."""
+    took_part = own.synced == server.syncs
+    return jax.tree.map(lambda x, mean: jnp.where(took_part, x, mean), own.model, server.client)
 
 
 def _negatives(shared: Queue | None, private: Queue | None) -> jax.Array:

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from mocosfl_jax.config.averaging import Averaging
 from mocosfl_jax.config.defences import DEFENCES
 from mocosfl_jax.config.fields import Config, Resolved
+from mocosfl_jax.config.measure import MOST_AGES, Measure
 from mocosfl_jax.config.recipe import FormerLayout, Recipe
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.learning.losses import LOSSES
-from mocosfl_jax.methods.mocosfl.build import build
+from mocosfl_jax.methods.mocosfl.build import build, keys_per_step, queue_rows, queue_steps
 from mocosfl_jax.methods.mocosfl.defences import check_defences, check_holdings, facts
 from mocosfl_jax.methods.mocosfl.former import from_former, to_former
 from mocosfl_jax.models.heads import HEADS
@@ -30,24 +31,19 @@ def _rules(config: Config) -> dict[str, Any]:
     }
 
 
-def keys_per_step(config: Resolved) -> int:
-    """Rows that one step writes to the queue, or to each private queue."""
-    clients = config.cohort_size if config.feature_sharing else 1
-    return clients * config.images_a_step * LOSSES[config.loss].keys
-
-
 def _check(config: Resolved) -> None:
     """Raises: InputError: values that contradict each other."""
     _check_queue(config)
     _check_client_state(config)
     _check_chunks(config)
+    _check_averaging(config)
+    _check_measure(config)
     check_defences(config)
 
 
 def _check_queue(config: Resolved) -> None:
-    length, owner, keys = config.queue_length, "step", keys_per_step(config)
-    if not config.feature_sharing:
-        length, owner = length // config.num_clients, "step and client"
+    length, keys = queue_rows(config), keys_per_step(config)
+    owner = "step" if config.feature_sharing else "step and client"
     if keys > length:
         brought = "1 key" if keys == 1 else f"{keys} keys"
         allowed = f"the queue has {length} rows but one {owner} brings {brought}"
@@ -76,6 +72,32 @@ def _check_chunks(config: Resolved) -> None:
         raise InputError("config.cohort_chunks", chunks, allowed)
 
 
+def _check_averaging(config: Resolved) -> None:
+    tau = config.section_or_default(Averaging).tau
+    if not tau:
+        return
+    if config.client_learning_rate == 0:
+        allowed = "clients are frozen (config.client_learning_rate is 0) and never averaged: 0"
+        raise InputError("config.averaging.tau", tau, allowed)
+    if config.client_state == "stateless":
+        lost = "what clients keep of their own models would be lost: persistent, or"
+        allowed = f"{lost} config.averaging.tau=0"
+        raise InputError("config.client_state", config.client_state, allowed)
+
+
+def _check_measure(config: Resolved) -> None:
+    measure = config.section_or_default(Measure)
+    if measure.divergence and config.client_learning_rate == 0:
+        allowed = "clients are frozen (config.client_learning_rate is 0) and never averaged: False"
+        raise InputError("config.measure.divergence", True, allowed)
+    if measure.hardness and queue_steps(config) > MOST_AGES:
+        allowed = (
+            f"a queue holds the keys of {queue_steps(config)} steps, and at most {MOST_AGES} ages"
+            " are logged: set a larger batch or a shorter config.queue_length"
+        )
+        raise InputError("config.measure.hardness", True, allowed)
+
+
 MOCOSFL = Recipe(
     reads=frozenset(
         {
@@ -97,7 +119,7 @@ MOCOSFL = Recipe(
     rules=_rules,
     check=_check,
     check_holdings=check_holdings,
-    sections=DEFENCES,
+    sections={**DEFENCES, "averaging": Averaging, "measure": Measure},
     facts=facts,
     memory_hints={
         "population": ("client_state", "stateless clients (with align_momentum) keep nothing"),

@@ -43,6 +43,7 @@ class ServerSide:
 
     net: its part of the network. optimizer: see `sgd`. loss: which way views are contrasted.
     temperature: T of InfoNCE. ema: decay of the key encoder.
+    ages: of keys, at which their mean similarity to queries is measured; 0: it is not.
     """
 
     net: ServerNet
@@ -50,6 +51,7 @@ class ServerSide:
     loss: Loss
     temperature: float
     ema: float
+    ages: int = 0
 
 
 class ServerState(flax.struct.PyTreeNode):
@@ -77,20 +79,22 @@ class Contrast(NamedTuple):
     """Sums over rows; divide by the number of rows that count.
 
     loss: all views added. correct: rows of the last view whose positive has the largest logit.
-    stats: head statistics of the online model.
+    stats: head statistics of the online model. queries: unit queries of all views that meet each
+    queue, (G, D); None unless similarity is measured.
     """
 
     loss: jax.Array
     correct: jax.Array
     stats: Params
+    queries: jax.Array | None
 
 
 class Learned(NamedTuple):
     """What the rows of some clients give.
 
     server_grad: of the server's parameters; gradients of chunks add up. loss,
-    correct: see `Contrast`. latent_grad: of the query latents, (R, h, w, c). keys: unit keys (R, D)
-    of each view. stats, key_stats: of both heads.
+    correct, queries: see `Contrast`. latent_grad: of the query latents, (R, h, w, c). keys: unit
+    keys (R, D) of each view. stats, key_stats: of both heads.
     """
 
     server_grad: Params
@@ -100,6 +104,7 @@ class Learned(NamedTuple):
     keys: tuple[jax.Array, ...]
     stats: Params
     key_stats: Params
+    queries: jax.Array | None
 
 
 def move_key_encoder(side: ServerSide, state: ServerState) -> Params:
@@ -140,7 +145,14 @@ def learn(
     gradient = jax.grad(mean_loss, argnums=(0, 1), has_aux=True)
     (server_grad, latent_grad), result = gradient(state.params, query_R)
     return Learned(
-        server_grad, result.loss, result.correct, latent_grad, keys.unit, result.stats, keys.stats
+        server_grad,
+        result.loss,
+        result.correct,
+        latent_grad,
+        keys.unit,
+        result.stats,
+        keys.stats,
+        result.queries,
     )
 
 
@@ -192,7 +204,14 @@ def contrast(
         rows = grouped(query_GMD, key_GMD, queue_GKD, side.temperature)
         total += jnp.sum(jnp.where(mask_R, rows.loss.reshape(-1), 0.0))
         correct = jnp.sum(jnp.where(mask_R, rows.correct.reshape(-1), False).astype(jnp.float32))
-    return Contrast(total, correct, embedded.stats)
+    queries = _sums(embedded.unit, mask_R, groups) if side.ages else None
+    return Contrast(total, correct, embedded.stats, queries)
+
+
+def _sums(views: tuple[jax.Array, ...], mask_R: jax.Array, groups: int) -> jax.Array:
+    """Sums over the rows of each group that count, all views added, (G, D)."""
+    rows_RD = jnp.where(mask_R[:, None], sum(views), 0.0)
+    return split_groups(rows_RD, groups).sum(axis=1)
 
 
 def split_groups(x_R: jax.Array, groups: int) -> jax.Array:
