@@ -2,7 +2,7 @@
 
 It is k * k shifted products, and so are both gradients. Elementwise products have no layout that is
 slow in a loop, and `vmap` over kernels leaves them what they are, where XLA's own depthwise
-convolution becomes a grouped one and its kernel gradient takes a CPU minutes
+convolution becomes a grouped one and its gradients in a loop take a CPU a thousand times as long
 (docs/results/depthwise.md has the times).
 """
 
