@@ -20,7 +20,8 @@ class Network:
     """The fields of a config that describe a backbone; hashable.
 
     backbone: name in `BACKBONES`. width: channels of the first unit, which those of the others grow
-    with. blocks_per_stage, stem: None if unset, or if the backbone does not read them. compute_dtype: float32 or bfloat16.
+    with. blocks_per_stage, stem: None if unset, or if the backbone does not read them.
+    compute_dtype: float32 or bfloat16.
     """
 
     backbone: str

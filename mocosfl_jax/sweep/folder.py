@@ -30,8 +30,8 @@ _FORMER_DEFAULTS_OF_0_1 = {
     "ema": 0.99,
     "align_momentum": False,
 }
-"""Defaults that definitions of version 0.1.0, which had no field `method`, store for fields that are
-now unset and filled by a rule."""
+"""Defaults that definitions of version 0.1.0, which lack the field `method`, store for fields that
+are now unset and filled by a rule."""
 
 _FORMER_DEFAULTS = {"width": 64}
 """The same, in definitions of that version and of later ones."""
