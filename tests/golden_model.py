@@ -13,9 +13,16 @@ from tests.named_arrays import parameter
 IMAGE_SIZE = 32
 
 
+def golden_network(backbone: str) -> Network:
+    """At the published width, whatever the defaults of the package are."""
+    if backbone == "resnet18":
+        return Network(backbone, 64, (2, 2, 2, 2), "3x3s1")
+    return Network(backbone, 32 if backbone == "mobilenetv2" else 64)
+
+
 def golden_model(config: dict[str, Any]) -> SplitModel:
     return build_model(
-        Network("resnet18", 64, (2, 2, 2, 2), "3x3s1"),
+        golden_network(config.get("backbone", "resnet18")),
         cut=config["cut"],
         bottleneck=parse_bottleneck(config["bottleneck"]),
         head="V2",

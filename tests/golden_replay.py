@@ -39,9 +39,10 @@ def replay_forward(config: dict[str, Any], golden: Golden) -> Errors:
     model = golden_model(config)
     client, server, stats = named_variables(model)
     images = normal("forward/images", (config["images"], IMAGE_SIZE, IMAGE_SIZE, 3))
-    latents = model.latents(client, jnp.asarray(images))
+    latents = jax.jit(model.latents)(client, jnp.asarray(images))
     rows = jnp.ones(len(images), bool)
-    output, _ = model.embed(server, stats, model.features(server, latents), rows, train=False)
+    features = jax.jit(model.features)(server, latents)
+    output, _ = model.embed(server, stats, features, rows, train=False)
     norm = np.linalg.norm(np.asarray(latents, np.float64))
     return {
         "latent_shape": exact(latents.shape, golden["latent_shape"]),

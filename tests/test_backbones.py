@@ -16,8 +16,8 @@ from mocosfl_jax.models.backbones import (
     num_units,
 )
 from mocosfl_jax.models.contract import Backbone, Network, NetworkError
-from mocosfl_jax.models.resnet import Stem
 from mocosfl_jax.models.split import build_model
+from mocosfl_jax.models.units import ConvUnit
 
 BLOCKS = {  # He et al. 2016, table 1
     "resnet18": (2, 2, 2, 2),
@@ -40,8 +40,9 @@ def expected_latents(blocks, expansion, width, stem_stride, size) -> list[tuple[
     return shapes
 
 
-def test_the_table_has_the_resnets():
-    assert list(BACKBONES) == list(BLOCKS)
+def test_the_table_has_the_families():
+    vggs = ["vgg11", "vgg13", "vgg16", "vgg19"]
+    assert list(BACKBONES) == [*BLOCKS, *vggs, "mobilenetv2"]
 
 
 @pytest.mark.parametrize("backbone", BLOCKS)
@@ -118,7 +119,7 @@ def test_networks_that_are_just_allowed(network, cut):
 
 
 def stem_units(network: Network):
-    return tuple(Stem(network.width * 2**i, 3, 2, jnp.float32) for i in range(3))
+    return tuple(ConvUnit(network.width * 2**i, 3, 2, jnp.float32) for i in range(3))
 
 
 @pytest.fixture

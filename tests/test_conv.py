@@ -33,7 +33,7 @@ CLIENTS = 3
 @pytest.fixture(params=["cpu", "accelerator"])
 def form(request, monkeypatch) -> str:
     """The form for a CPU, or the one for accelerators, whatever the tests run on."""
-    monkeypatch.setattr(conv_module, "_on_cpu", lambda: request.param == "cpu")
+    monkeypatch.setattr(conv_module, "on_cpu", lambda: request.param == "cpu")
     return request.param
 
 
@@ -98,7 +98,7 @@ def test_value_and_gradients_are_those_of_autodiff(shape, form):
 
 @pytest.mark.parametrize(("batch", "chunks"), [(6, 3), (5, 5), (4, 1)])
 def test_kernel_gradient_in_chunks_of_images(batch, chunks, monkeypatch):
-    monkeypatch.setattr(conv_module, "_on_cpu", lambda: True)
+    monkeypatch.setattr(conv_module, "on_cpu", lambda: True)
     monkeypatch.setattr(conv_module, "_CHUNK_PIXELS", 8 * 6 * max(2, batch // chunks) + 1)
     x, kernel, g = arrays(SHAPES[0], batch)
     step = jax.jit(with_gradients(conv))

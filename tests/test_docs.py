@@ -29,6 +29,8 @@ COMMAND = re.compile(r"`python -m mocosfl_jax\.main ([^`]*)`")
 # official size: any number of images serves.
 DATA = {
     "cifar10": (DatasetInfo("cifar10", 50_000, 10_000, 32, 10), 2),
+    "cifar10_vgg13": (DatasetInfo("cifar10", 50_000, 10_000, 32, 10), 2),
+    "cifar10_mobilenetv2": (DatasetInfo("cifar10", 50_000, 10_000, 32, 10), 2),
     "cifar100": (DatasetInfo("cifar100", 50_000, 10_000, 32, 100), 20),
     "taressfl_pretrain": (DatasetInfo("cifar100", 50_000, 10_000, 32, 100, num_mixed=500), 20),
     "taressfl": (DatasetInfo("cifar10", 50_000, 10_000, 32, 10), 2),

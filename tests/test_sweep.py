@@ -300,6 +300,21 @@ def test_a_sweep_of_an_earlier_version_goes_on(earlier, npz, capsys):
     assert capsys.readouterr().out.startswith("2 of 2 runs are finished already\n")
 
 
+def test_a_definition_that_stores_the_former_default_width_goes_on(npz, capsys):
+    """Versions with a field `method` stored it too, until the backbone filled it."""
+    argv = command(npz, **{"fixed.width": None})
+    assert main(argv, FAKE) == 0
+    path = SweepFolder(npz.parent / "sweep").definition_path
+    text = path.read_text()
+    assert '"width": null' in text
+    path.write_text(text.replace('"width": null', '"width": 64'))
+    capsys.readouterr()
+    assert main(argv, FAKE) == 0
+    assert "are finished already" in capsys.readouterr().out
+    path.write_text(text.replace('"width": null', '"width": 32'))
+    assert "width 32 -> None" in refused(capsys, argv)
+
+
 @pytest.mark.parametrize(("field", "value"), [("temperature", 0.2), ("cut", 2), ("epochs", 3)])
 def test_an_earlier_version_stored_what_the_rules_fill_now(earlier, capsys, field, value):
     line = refused(capsys, [*earlier, f"--config.fixed.{field}={value}"])

@@ -129,17 +129,22 @@ class Config:
     sync_weights: Annotated[str, one_of(("equal", "size"))] = "equal"
 
     # --------------------------------------------------------------------------------- model
-    # `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`.
+    # `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`, `vgg11`, `vgg13`, `vgg16`,
+    # `vgg19`, `mobilenetv2`.
     backbone: Annotated[str, one_of(BACKBONES)] = "resnet18"
-    # Channels of the stem, a multiple of 4; stage s has width * 2**s (64 in ResNets).
-    width: Annotated[int, FROM_1] = 64
+    # Channels of the first unit, a multiple of 4, which those of all units grow with: stage s of a
+    # ResNet or VGG has width * 2**s (the last of a VGG as many as the one before), and MobileNetV2
+    # has the width multiplier width / 32. Rule: that of the published network, 64, or 32 in
+    # MobileNetV2.
+    width: Annotated[int, FROM_1] = RULE
     # Residual blocks of each stage, e.g. (1, 1, 1, 1) for a shallow member. Rule: the backbone's.
     # This field and `stem` stay unset with a backbone that does not read them.
     blocks_per_stage: Annotated[tuple[int, ...], STAGES] = RULE
     # First convolution: `3x3s1`, `3x3s2`, `7x7s2` (kernel and stride). Rule, by image_size: 3x3s2
     # at 64, 7x7s2 from 128 on, else 3x3s1.
     stem: Annotated[str, one_of(STEMS)] = RULE
-    # Units on the client, 1 (the stem; MocoSFL-1) to all of them; 2 is the paper's MocoSFL-3.
+    # Units on the client, 1 (the stem; MocoSFL-1) to all of them; 2 is the paper's MocoSFL-3. A
+    # unit is a residual block of a ResNet or MobileNetV2, or a convolution or pooling of a VGG.
     # Rule: 1.
     cut: Annotated[int, FROM_1, BY_METHOD] = RULE
     # Pair of convolutions that narrows the transmitted latents: `C{channels}S{stride}` with stride

@@ -2,17 +2,18 @@
 
 from mocosfl_jax.config.defences import release_of
 from mocosfl_jax.config.fields import Config
-from mocosfl_jax.models.backbones import latent_shape
+from mocosfl_jax.models.backbones import default_width, latent_shape
 from mocosfl_jax.models.bottleneck import parse_bottleneck
 from mocosfl_jax.models.contract import Network
 from mocosfl_jax.models.split import SplitModel, build_model
 
 
 def network_of(config: Config) -> Network:
-    """The backbone's description; `blocks_per_stage` and `stem` may be unset."""
+    """The backbone's description; `width`, `blocks_per_stage` and `stem` may be unset."""
+    width = default_width(config.backbone) if config.width is None else config.width
     return Network(
         backbone=config.backbone,
-        width=config.width,
+        width=width,
         blocks_per_stage=config.blocks_per_stage,
         stem=config.stem,
         compute_dtype=config.compute_dtype,

@@ -14,7 +14,7 @@ from mocosfl_jax.config.ranges import check_ranges
 from mocosfl_jax.config.recipe import find_recipe
 from mocosfl_jax.data.dataset import HOLDOUT_FRACTION, DatasetInfo
 from mocosfl_jax.data.partition import ClientImages
-from mocosfl_jax.models.backbones import default_fields
+from mocosfl_jax.models.backbones import default_fields, default_width
 from mocosfl_jax.models.heads import HEADS
 
 
@@ -75,6 +75,7 @@ def _filled(config: Config, info: DatasetInfo, holders: int) -> Config:
         fill("steps_per_round", max(1, int(held / config.batch_size)))
     images_a_round = config.steps_per_round * rows
     fill("rounds", max(1, round(config.epochs * info.num_train / images_a_round)))
+    fill("width", default_width(config.backbone))
     config = _fill(config, default_fields(config.backbone, config.image_size))
     fill("head_width", HEADS[config.head].width)
     fill("schedule", "step" if v1 else "cosine")

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from mocosfl_jax.models.contract import OPTIONAL_FIELDS, Backbone, Network, NetworkError, Unit
+from mocosfl_jax.models.mobilenetv2 import MOBILENETV2
 from mocosfl_jax.models.resnet import BasicBlock, BottleneckBlock, resnet
+from mocosfl_jax.models.vgg import vgg
 
 BACKBONES: dict[str, Backbone] = {
     "resnet18": resnet((2, 2, 2, 2), BasicBlock),
@@ -20,10 +22,20 @@ BACKBONES: dict[str, Backbone] = {
     "resnet50": resnet((3, 4, 6, 3), BottleneckBlock),
     "resnet101": resnet((3, 4, 23, 3), BottleneckBlock),
     "resnet152": resnet((3, 8, 36, 3), BottleneckBlock),
+    "vgg11": vgg((1, 1, 2, 2, 2)),
+    "vgg13": vgg((2, 2, 2, 2, 2)),
+    "vgg16": vgg((2, 2, 3, 3, 3)),
+    "vgg19": vgg((2, 2, 4, 4, 4)),
+    "mobilenetv2": MOBILENETV2,
 }
 
 _ANY_SIZE = 32
 """Image size for questions whose answer does not depend on it."""
+
+
+def default_width(backbone: str) -> int:
+    """`width` where the config sets none. Args: backbone: name in `BACKBONES`."""
+    return BACKBONES[backbone].width
 
 
 def default_fields(backbone: str, image_size: int) -> Mapping[str, Any]:

@@ -19,8 +19,9 @@ their fields, which must be hashable: networks with equal units are equal and co
 class Network:
     """The fields of a config that describe a backbone; hashable.
 
-    backbone: name in `BACKBONES`. width: channels of the first unit. blocks_per_stage, stem: None
-    if unset, or if the backbone does not read them. compute_dtype: float32 or bfloat16.
+    backbone: name in `BACKBONES`. width: channels of the first unit, which those of the others grow
+    with. blocks_per_stage, stem: None if unset, or if the backbone does not read them.
+    compute_dtype: float32 or bfloat16.
     """
 
     backbone: str
@@ -59,9 +60,11 @@ class Backbone:
         be cheap: it runs before any unit is made. Fields that are unset have their defaults.
       expansion: what the hidden width of a projection head is multiplied with, for heads whose
         width grows with the backbone.
+      width: channels of the first unit where the config sets none: those of the published network.
     """
 
     units: Callable[[Network], tuple[Unit, ...]]
     defaults: Callable[[int], Mapping[str, Any]]
     check: Callable[[Network], None]
     expansion: int = 1
+    width: int = 64

@@ -44,7 +44,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
     Under `vmap` an unbatched kernel makes one larger batch, and batched kernels never make a
     grouped convolution. Differentiable once, in reverse mode, in both arguments.
     """
-    return _conv(*_same_manual_axes(x, kernel), stride)
+    return _conv(*same_manual_axes(x, kernel), stride)
 
 
 def conv_transpose2x(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -57,10 +57,10 @@ def conv_transpose2x(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
         `[B, 2H, 2W, O]` in the dtype of `x`; batched and differentiable as `conv` is.
     """
-    return _conv_transpose2x(*_same_manual_axes(x, kernel))
+    return _conv_transpose2x(*same_manual_axes(x, kernel))
 
 
-def _same_manual_axes(a: jax.Array, b: jax.Array) -> _Pair:
+def same_manual_axes(a: jax.Array, b: jax.Array) -> _Pair:
     """Inside `shard_map`: makes both vary over the same mesh axes, so that gradients are summed."""
     varying_a, varying_b = (jax.typeof(array).manual_axis_type.varying for array in (a, b))
     a = lax.pcast(a, tuple(varying_b - varying_a), to="varying")
@@ -136,7 +136,7 @@ def _input_gradient(stride: int, size_HW: tuple[int, int]) -> _Binary:
     def clients(g: jax.Array, kernel: jax.Array) -> jax.Array:
         k, inputs = kernel.shape[1], kernel.shape[3]
         dpatches = _einsum("cbhwo,cijko->cbhwijk", g, kernel)
-        zero, _ = _same_manual_axes(jnp.zeros((*g.shape[:2], *size_HW, inputs)), g)
+        zero, _ = same_manual_axes(jnp.zeros((*g.shape[:2], *size_HW, inputs)), g)
         _, pull = jax.vjp(lambda x: _patches(x, k, stride), zero)
         return pull(dpatches)[0].astype(g.dtype)
 
@@ -157,7 +157,7 @@ def _kernel_gradient(stride: int, k: int) -> _Binary:
     def one(x: jax.Array, g: jax.Array) -> jax.Array:
         if k == 1:
             total = _einsum("bhwijk,bhwo->ijko", _patches(x, 1, stride), g)
-        elif _on_cpu():
+        elif on_cpu():
             total = _sum_over_chunks(whole, x, g)
         else:
             total = whole(x, g)
@@ -199,12 +199,12 @@ def _batchable(one: _Binary, clients: _Binary, folds: bool) -> _Binary:
             return folded.reshape(axis_size, -1, *folded.shape[1:]), True
         a = a if batched[0] else jnp.broadcast_to(a, (axis_size, *a.shape))
         b = b if batched[1] else jnp.broadcast_to(b, (axis_size, *b.shape))
-        return lax.map(lambda ab: function(*ab), (a, b)) if _on_cpu() else clients(a, b), True
+        return lax.map(lambda ab: function(*ab), (a, b)) if on_cpu() else clients(a, b), True
 
     return function
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 

@@ -16,12 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mocosfl_jax.models.contract import Backbone, Network, NetworkError, Unit
-from mocosfl_jax.models.units import (
-    CHANNELS_PER_GROUP,
-    MOST_CHANNELS,
-    StandardizedConv,
-    group_norm,
-)
+from mocosfl_jax.models.units import ConvUnit, StandardizedConv, check_width, group_norm
 
 MOST_STAGES, MOST_BLOCKS = 8, 100
 """ResNet-152 has 4 and 50; each stage halves the image, and each block takes time to compile."""
@@ -39,22 +34,6 @@ STEMS = {
     "3x3s2": StemShape(3, 2),
     "7x7s2": StemShape(7, 2),
 }
-
-
-class Stem(nn.Module):
-    """Unit 0: convolution, GroupNorm, ReLU; (B, H, W, 3) to (B, H/stride, W/stride, features)."""
-
-    features: int
-    kernel_size: int
-    stride: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        x = StandardizedConv(self.features, self.kernel_size, self.stride, self.dtype, name="conv")(
-            x_BHWC.astype(self.dtype)
-        )
-        return nn.relu(group_norm(x, "norm"))
 
 
 class _Residual(nn.Module):
@@ -129,7 +108,7 @@ def _units(block: type[BasicBlock | BottleneckBlock], network: Network) -> tuple
     """
     assert network.stem is not None and network.blocks_per_stage is not None
     dtype, stem = jnp.dtype(network.compute_dtype), STEMS[network.stem]
-    units: list[Unit] = [Stem(network.width, stem.kernel_size, stem.stride, dtype)]
+    units: list[Unit] = [ConvUnit(network.width, stem.kernel_size, stem.stride, dtype)]
     for stage, blocks in enumerate(network.blocks_per_stage):
         for index in range(blocks):
             stride = 2 if stage > 0 and index == 0 else 1
@@ -150,13 +129,8 @@ def _default_stem(image_size: int) -> str:
 def _check(expansion: int, network: Network) -> None:
     """Raises: NetworkError: widths that GroupNorm does not allow, or an absurdly large network."""
     assert network.blocks_per_stage is not None
-    width, blocks = network.width, network.blocks_per_stage
-    if width % CHANNELS_PER_GROUP:
-        raise NetworkError("width", f"a multiple of {CHANNELS_PER_GROUP} is needed")
+    blocks = network.blocks_per_stage
     if len(blocks) > MOST_STAGES or sum(blocks) > MOST_BLOCKS:
         allowed = f"at most {MOST_STAGES} stages with {MOST_BLOCKS} blocks in all are needed"
         raise NetworkError("blocks_per_stage", allowed)
-    growth = 2 ** (len(blocks) - 1) * expansion
-    if width * growth > MOST_CHANNELS:
-        allowed = f"the last stage is {growth} times as wide: 4 to {MOST_CHANNELS // growth}"
-        raise NetworkError("width", allowed)
+    check_width(network.width, 2 ** (len(blocks) - 1) * expansion)

@@ -1,4 +1,4 @@
-"""Layers that the units of any backbone are made of: convolution and norm.
+"""What the units of any backbone are made of: convolutions, norm, and the unit of one of each.
 
 Sources: Wu & He 2018 (arXiv 1803.08494) for GroupNorm, Qiao et al. 2019 (arXiv 1903.10520) for
 weight standardisation; 4 channels a group are those of the MocoSFL paper's code.
@@ -12,13 +12,28 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mocosfl_jax.models.contract import NetworkError
 from mocosfl_jax.models.conv import conv
+from mocosfl_jax.models.depthwise import depthwise_conv
 
 CHANNELS_PER_GROUP = 4
 _EPSILON = 1e-5
 
 MOST_CHANNELS = 2**31 - 1
 """That a unit may give its output: the largest size of an array's axis."""
+
+
+def check_width(width: int, growth: int) -> None:
+    """Args: growth: channels of the widest unit's output, over `width`.
+
+    Raises: NetworkError: a width that GroupNorm does not allow, or that is absurdly large.
+    """
+    if width % CHANNELS_PER_GROUP:
+        raise NetworkError("width", f"a multiple of {CHANNELS_PER_GROUP} is needed")
+    most = MOST_CHANNELS // growth
+    if width > most:
+        allowed = f"the widest unit has {growth} times as many channels: 4 to {most}"
+        raise NetworkError("width", allowed)
 
 
 def fan_in_uniform(
@@ -37,22 +52,63 @@ def standardize(kernel_HWIO: jax.Array, epsilon: float = 1e-5) -> jax.Array:
 
 
 class StandardizedConv(nn.Module):
-    """Weight-standardised convolution without bias, padding k // 2.
+    """Weight-standardised convolution, padding k // 2.
 
     Attributes: features: output channels; kernel_size: k, odd; stride: 1 or 2; dtype: of the
-    computation (the kernel is float32 and is standardised in float32).
+    computation (the kernel is float32 and is standardised in float32); use_bias: whether one is
+    added to each channel.
     """
 
     features: int
     kernel_size: int = 3
     stride: int = 1
     dtype: DTypeLike = jnp.float32
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x_BHWC.shape[-1], self.features)
         kernel = self.param("kernel", fan_in_uniform, shape)
-        return conv(x_BHWC, standardize(kernel).astype(self.dtype), self.stride)
+        y = conv(x_BHWC, standardize(kernel).astype(self.dtype), self.stride)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+
+
+class StandardizedDepthwiseConv(nn.Module):
+    """Weight-standardised 3x3 convolution of each channel by itself, without bias, padding 1.
+
+    Its kernel is (3, 3, 1, C). Attributes: stride: 1 or 2; dtype: of the computation.
+    """
+
+    stride: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", fan_in_uniform, (3, 3, 1, x_BHWC.shape[-1]))
+        return depthwise_conv(x_BHWC, standardize(kernel).astype(self.dtype), self.stride)
+
+
+class ConvUnit(nn.Module):
+    """Convolution, GroupNorm, ReLU; (B, H, W, c) to (B, ceil(H/stride), ceil(W/stride), features).
+
+    Attributes: those of `StandardizedConv`.
+    """
+
+    features: int
+    kernel_size: int
+    stride: int
+    dtype: DTypeLike
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        conv = StandardizedConv(
+            self.features, self.kernel_size, self.stride, self.dtype, self.use_bias, name="conv"
+        )
+        return nn.relu(group_norm(conv(x_BHWC.astype(self.dtype)), "norm"))
 
 
 def group_norm(x_BHWC: jax.Array, name: str) -> jax.Array:

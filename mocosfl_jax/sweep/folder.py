@@ -19,7 +19,7 @@ from mocosfl_jax.run.storage import read_json, write_json
 from mocosfl_jax.run.workdir import hold
 from mocosfl_jax.sweep.definition import Fields, Run
 
-_FORMER_DEFAULTS = {
+_FORMER_DEFAULTS_OF_0_1 = {
     "holdout_fraction": 0.1,
     "cut": 1,
     "bottleneck": "none",
@@ -30,7 +30,11 @@ _FORMER_DEFAULTS = {
     "ema": 0.99,
     "align_momentum": False,
 }
-"""Defaults that older definitions store for fields that are now unset and filled by a rule."""
+"""Defaults that definitions of version 0.1.0, which lack the field `method`, store for fields that
+are now unset and filled by a rule."""
+
+_FORMER_DEFAULTS = {"width": 64}
+"""The same, in definitions of that version and of later ones."""
 
 
 _SAME_RUN = {"run": "run", "step": "steps"}
@@ -199,10 +203,10 @@ class SweepFolder:
         A field that is set now but was unset must have the value that its rule gave the run.
         """
         values = dict(stored)
-        if "method" not in stored:
-            for field, default in _FORMER_DEFAULTS.items():
-                if getattr(config, field) is None and values.get(field, default) == default:
-                    values[field] = None
+        former = _FORMER_DEFAULTS_OF_0_1 if "method" not in stored else {}
+        for field, default in (former | _FORMER_DEFAULTS).items():
+            if getattr(config, field) is None and values.get(field, default) == default:
+                values[field] = None
         old = config_from_json(values, f"{self.definition_path}: {name}")
         begun = self.stored_config(name)
         if begun is not None:
