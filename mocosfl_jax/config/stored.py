@@ -22,6 +22,7 @@ field whose default changes what a run does needs an entry."""
 
 _NEWER_THAN_IDENTITY = {
     "method": "mocosfl",
+    "local_epochs": 1,
     "mix_fraction": 1.0,
     "mix_batch_size": None,
     "init_parts": "both",
