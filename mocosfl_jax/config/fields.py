@@ -168,7 +168,7 @@ class Config:
     queue_length: Annotated[int, FROM_1, BY_METHOD] = RULE
     # T, divides cosine similarities. Rule: 0.1; 0.07 for SimCLR.
     temperature: Annotated[float, TEMPERATURE, BY_METHOD] = RULE
-    # Decay of the key encoders, of clients and server, and of target networks, in [0, 1). Rule: 0.99.
+    # Decay of key encoders, of clients and server, and of target networks, in [0, 1). Rule: 0.99.
     ema: Annotated[float, FROM_0_BELOW_1, BY_METHOD] = RULE
     # Whether a sync averages the clients' key encoders too (MonAcoSFL; matters at deep cuts).
     # Rule: False.

@@ -1,4 +1,4 @@
-"""The settings in which federated self-supervised learning is published, for `configs/baselines`."""
+"""The published setting of federated self-supervised learning, for `configs/baselines`."""
 
 from ml_collections import ConfigDict
 
