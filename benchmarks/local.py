@@ -2,11 +2,11 @@
 
     python -m benchmarks.local [--repeats 3] [--networks narrow,resnet18] [--json FILE]
 
-20 clients of 32 images a step, on two networks: the narrow one of configs/cifar10_cpu.py
-and ResNet-18, both with the head V2. Centralised MoCo is MocoSFL with one client that has all 640
-images, both views through both encoders (loss `client`), so that both methods pass the same images
-through the same networks. Variants are compiled first and then take turns, `repeats` times; medians
-are reported. A round has as many steps as a client has batches (78); begin and end of a round, which
+20 clients of 32 images a step, on two networks: the narrow one of configs/cifar10_cpu.py and
+ResNet-18, both with head V2. Centralised MoCo is MocoSFL with one client that has all 640 images,
+both views through both encoders (loss `client`), so that both methods pass the same images through
+the same networks. Variants are compiled first and then take turns, `repeats` times; medians are
+reported. A round has as many steps as a client has batches (78); begin and end of a round, which
 move queues, are timed apart and added.
 """
 
@@ -93,7 +93,8 @@ def measure(network: str, repeats: int, steps: int) -> dict[str, Any]:
     benches = {method: Bench(network, method, steps) for method in METHODS}
     steps_a_round = CIFAR10.num_train // (CLIENTS * BATCH)
     for bench in benches.values():  # pages are touched for the first time
-        bench.step_seconds(), bench.turn_seconds()
+        bench.step_seconds()
+        bench.turn_seconds()
     rounds: dict[str, list[float]] = {method: [] for method in METHODS}
     turns: dict[str, list[float]] = {method: [] for method in METHODS}
     for _ in range(repeats):

@@ -32,6 +32,7 @@ FIELDS = {  # sizes differ, and a client may be absent in a round
     "cohort_size": 3,
     "batch_size": 3,
     "steps_per_round": 2,
+    "learning_rate": 0.002,  # larger ones blow up what rounding makes of such small batches
     "rounds": 3,
     "width": 4,
     "blocks_per_stage": (1,),
@@ -44,7 +45,7 @@ FIELDS = {  # sizes differ, and a client may be absent in a round
     "tensorboard": False,
     "progress": False,
 }
-TOLERANCE = 1e-3  # of a leaf's largest value: sums are added in another order
+TOLERANCE = 1e-4  # of a leaf's largest value: sums are added in another order
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +99,15 @@ def test_a_baseline_resumes_bit_for_bit_and_runs_on_four_devices(
     monkeypatch.setattr(placement, "SHARDED_FROM", 0)
     assert main(command(name, four, npz, devices=4)) == 0
     spread = saved_state(four)
-    assert_close((spread.server, spread.population), (state.server, state.population), name, 1e-3)
+    assert_close(
+        (spread.server, spread.population), (state.server, state.population), name, TOLERANCE
+    )
     found, wanted = lines(four), lines(whole)
     for metric in ("loss", "divergence"):
         got, want = ([x[metric] for x in of if metric in x] for of in (found, wanted))
         assert len(want) == {"loss": 6, "divergence": 3}[metric]
         np.testing.assert_allclose(got, want, rtol=TOLERANCE, err_msg=metric)
-    rates = [line["learning_rate"] for line in wanted[1:]]
+    rates = [line["learning_rate"] for line in wanted]
     assert rates[0] == rates[1] > rates[2] == rates[3] > rates[4] == rates[5] > 0
 
 
