@@ -30,6 +30,7 @@ from mocosfl_jax.methods.mocosfl.method import MocoSFL, MocoState
 from mocosfl_jax.methods.mocosfl.server import ServerSide, ServerState
 from tests.golden_attack import replay_attack
 from tests.golden_errors import Errors, Golden, absolute, exact, of_change, relative
+from tests.golden_local import replay_fedema, replay_losses
 from tests.golden_model import IMAGE_SIZE, count, golden_model, named_variables
 from tests.golden_privacy import replay_decoder, replay_ressfl, replay_ssim
 from tests.named_arrays import normal
@@ -230,6 +231,8 @@ REPLAYS: dict[str, Callable[[dict[str, Any], Golden], Errors]] = {
     "ressfl": replay_ressfl,
     "decoder": replay_decoder,
     "attack": replay_attack,
+    "losses": replay_losses,
+    "fedema": replay_fedema,
 }
 
 

@@ -58,6 +58,15 @@ def test_set_steps_per_round_keeps_the_number_of_epochs():
     assert config.rounds == 2000
 
 
+def test_local_epochs_make_rounds_longer_and_fewer():
+    """Whole rounds of passes: 2,500 images a client in batches of 128."""
+    config = resolved(num_clients=20, cohort_size=5, batch_size=128, local_epochs=5, epochs=100)
+    assert (config.steps_per_round, config.rounds) == (5 * 2500 // 128, 80)
+    assert resolved(steps_per_round=7, local_epochs=5).steps_per_round == 7
+    with pytest.raises(InputError, match=r"config.local_epochs = 50000: with .* 1 to 42949$"):
+        resolved(num_clients=50, local_epochs=50_000)
+
+
 def test_set_fields_are_never_overridden():
     fields = {
         "cohort_size": 7,

@@ -91,6 +91,18 @@ def test_rate_schedules(name, expected):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_rate_that_is_held_changes_between_rounds_only():
+    schedule = rate_schedule("cosine", total_steps=12, hold=3)
+    actual = [float(schedule(jnp.float32(t))) for t in range(12)]
+    rounds = [(1 + np.cos(np.pi * r / 4)) / 2 for r in range(4)]
+    np.testing.assert_allclose(actual, np.repeat(rounds, 3), rtol=1e-5)
+    first_of_a_late_round = 4_999 * 997
+    late = rate_schedule("cosine", total_steps=10_000 * 997, hold=997)
+    assert float(late(jnp.float32(first_of_a_late_round))) == float(
+        late(jnp.float32(first_of_a_late_round + 996))
+    )
+
+
 def test_sgd_is_pytorchs():
     """Trace = momentum * trace + gradient + decay * parameter; parameter -= rate * trace."""
     params, grads = {"a": jnp.asarray([1.0, -2.0])}, {"a": jnp.asarray([0.5, 4.0])}

@@ -67,6 +67,7 @@ VALUES = {
     "batch_size": COUNTS,
     "total_batch": COUNTS,
     "epochs": COUNTS,
+    "local_epochs": COUNTS,
     "steps_per_round": COUNTS,
     "rounds": COUNTS,
     "syncs_per_round": COUNTS,

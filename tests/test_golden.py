@@ -10,6 +10,7 @@ from tests.golden_replay import replay
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
 KINDS = {"forward": 6, "trajectory": 5, "knn": 1, "ssim": 1, "ressfl": 1, "decoder": 1}
+KINDS |= {"losses": 1, "fedema": 1}
 
 
 def test_the_files_are_there():

@@ -25,7 +25,8 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.methods.mocosfl.build import keys_per_step
 
 INFO = DatasetInfo(name="cifar10", num_train=50_000, num_test=10_000, image_size=32, num_classes=10)
-NEWER = {"mix_fraction", "mix_batch_size", "init_parts", "init_digest"}  # fields, at their defaults
+# Fields, at their defaults.
+NEWER = {"local_epochs", "mix_fraction", "mix_batch_size", "init_parts", "init_digest"}
 
 
 def mocosfl_config(**fields) -> Resolved:
@@ -58,7 +59,7 @@ class Other:
     big: bool = True
 
 
-def _refuse_square(config: Resolved) -> None:
+def _refuse_square(config: Resolved, info: DatasetInfo) -> None:
     if config.section(Toy).form == "square":
         raise InputError("config.toy.form", "square", "round is needed with these clients")
 
@@ -111,10 +112,10 @@ def test_mocosfl_reads_every_field():
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ("moco", "one of mocosfl, or package.module:NAME, is needed"),
-        ("", "one of mocosfl, or"),
-        ("tests.test_recipe", "one of mocosfl, or"),
-        (":TOY", "one of mocosfl, or"),
+        ("moco", "one of mocosfl, local, or package.module:NAME, is needed"),
+        ("", "one of mocosfl, local, or"),
+        ("tests.test_recipe", "one of mocosfl, local, or"),
+        (":TOY", "one of mocosfl, local, or"),
         ("no_such.module:TOY", "cannot be imported: ModuleNotFoundError: No module named"),
         ("..up:TOY", "cannot be imported: TypeError: "),
         (f"{__name__}:TOYS", "has no Recipe of the name TOYS"),

@@ -335,7 +335,7 @@ def test_the_section_is_set_on_the_command_line(data, tmp_path):
     [
         ("queue_length", 32, "config.queue_length = 32: method 'tests.toy_method:TOY' does not"),
         ("syncs_per_round", 2, "config.syncs_per_round = 2: method 'tests.toy_method:TOY'"),
-        ("method", "toy", "config.method = 'toy': one of mocosfl, or package.module:NAME, is"),
+        ("method", "toy", "config.method = 'toy': one of mocosfl, local, or package.module:NAME"),
         ("method", "tests.no_toy:TOY", "config.method = 'tests.no_toy:TOY': the module cannot be"),
         ("method", "tests.tiny:TOY", "config.method = 'tests.tiny:TOY': tests.tiny has no Recipe"),
         ("method", "mocosfl", "config.toy = {'rate': 0.75}: method 'mocosfl' has no such section"),

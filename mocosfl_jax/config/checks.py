@@ -135,6 +135,9 @@ def _check_cohort(config: Resolved, holders: int) -> None:
     if size > holders:
         allowed = f"only {holders} of the {clients} clients have images: 1 to {holders}"
         raise InputError("config.cohort_size", size, allowed)
+    if (config.cohort_chunks or 1) > size:
+        allowed = f"at most one client a chunk: 1 to {size}"
+        raise InputError("config.cohort_chunks", config.cohort_chunks, allowed)
 
 
 def _check_schedule(config: Resolved, given: Config) -> None:
@@ -163,6 +166,10 @@ def _check_round(config: Resolved, given: Config) -> None:
         raise InputError(f"config.{name}", getattr(config, name), allowed)
     if cohort * batch * steps <= LARGEST:
         return
+    most = LARGEST * config.local_epochs // (cohort * batch * steps)
+    if given.steps_per_round is None and most >= 1:
+        allowed = f"with {cohort * batch * steps} images a round, 1 to {most}"
+        raise InputError("config.local_epochs", config.local_epochs, allowed)
     if given.steps_per_round is None:
         allowed = f"with {steps} steps of {batch} images each, 1 to {LARGEST // (steps * batch)}"
         raise InputError("config.cohort_size", cohort, allowed)

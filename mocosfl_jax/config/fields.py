@@ -57,7 +57,8 @@ class Config:
     """
 
     # -------------------------------------------------------------------------------- method
-    # The training method: `mocosfl`, or `package.module:NAME` for a `Recipe` of one's own.
+    # The training method: `mocosfl`, `local` (FedAvg, FL-BYOL, FedEMA and others: config.local), or
+    # `package.module:NAME` for a `Recipe` of one's own.
     method: str = "mocosfl"
 
     # ---------------------------------------------------------------------------------- data
@@ -111,10 +112,12 @@ class Config:
     # ------------------------------------------------------------------------------ schedule
     # Passes over the data that the rule for rounds aims at (paper: 200).
     epochs: Annotated[int, FROM_1] = 200
-    # Steps in a round, the same for every client. Rule: images of a client // B, at least 1; it
+    # E, passes of a client over its images in a round that the rule for steps_per_round aims at.
+    local_epochs: Annotated[int, FROM_1] = 1
+    # Steps in a round, the same for every client. Rule: E * images of a client // B, at least 1; it
     # holds images_per_client, or the N-th part of all.
     steps_per_round: Annotated[int, FROM_1] = RULE
-    # Rounds. Rule: epochs * N / C, so that total work does not depend on the cohort; epochs *
+    # Rounds. Rule: epochs * N / (C * E), so that total work does not depend on the cohort; epochs *
     # images / (steps_per_round * C * B) where steps_per_round is set.
     rounds: Annotated[int, FROM_1] = RULE
     # Averagings of the client models a round, the last at its end. Rule: 1000 // (B * N), at least
@@ -123,7 +126,7 @@ class Config:
     # What a client keeps between rounds. `persistent`: its optimizer state and, unless aligned, its
     # key encoder, as the public code does; memory grows with N. `stateless`: nothing, optimizer
     # state starts a round at zero; memory grows with C only; it requires align_momentum and a
-    # shared queue. Rule: `persistent`.
+    # shared queue, or local training that keeps nothing. Rule: `persistent`.
     client_state: Annotated[str, one_of(("persistent", "stateless")), BY_METHOD] = RULE
     # Weights of a sync: `equal`, or `size` for the number of a client's images.
     sync_weights: Annotated[str, one_of(("equal", "size"))] = "equal"
@@ -165,11 +168,12 @@ class Config:
     # True: one queue shared by all clients. False: private queues, queue_length // N rows each.
     # Rule: True.
     feature_sharing: Annotated[bool, BY_METHOD] = RULE
-    # K, rows of the queue, or of all private queues together. Rule: 6000.
+    # K, rows of the queue, or of all private queues together; of each client's own in local
+    # training. Rule: 6000.
     queue_length: Annotated[int, FROM_1, BY_METHOD] = RULE
-    # T, divides cosine similarities. Rule: 0.1.
+    # T, divides cosine similarities. Rule: 0.1; 0.07 for SimCLR.
     temperature: Annotated[float, TEMPERATURE, BY_METHOD] = RULE
-    # Decay of the key encoders, of clients and server, in [0, 1). Rule: 0.99.
+    # Decay of key encoders, of clients and server, and of target networks, in [0, 1). Rule: 0.99.
     ema: Annotated[float, FROM_0_BELOW_1, BY_METHOD] = RULE
     # Whether a sync averages the clients' key encoders too (MonAcoSFL; matters at deep cuts).
     # Rule: False.
@@ -230,8 +234,9 @@ class Config:
     # Devices that share one copy of the server's parameters, a divisor of their number.
     server_shards: Annotated[int, FROM_1, EXECUTION] = 1
     # Chunks of a device's cohort that a step runs one after the other, with summed gradients, where
-    # the activations of all at once exceed the device; 1 with head largeV2 (BatchNorm sees all
-    # rows). None: 1; on a CPU chunks that stay in its cache, 10 images of the paper's network.
+    # the activations of all at once exceed the device; 1 with MocoSFL and head largeV2 (BatchNorm
+    # sees all rows). None: 1; on a CPU chunks that stay in its cache, 10 images of the paper's
+    # network, or one client in local training.
     cohort_chunks: Annotated[int | None, FROM_1, BY_METHOD, EXECUTION] = None
     # Folder of compiled programs, which later runs reuse; `none` for none. The environment variable
     # JAX_COMPILATION_CACHE_DIR takes precedence over it.

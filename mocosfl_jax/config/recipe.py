@@ -9,13 +9,17 @@ from typing import Any, NamedTuple
 from flax.core import FrozenDict
 
 from mocosfl_jax.config.fields import METHOD_FIELDS, Config, Resolved
+from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.data.partition import ClientImages
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.axes import Axes
 from mocosfl_jax.federated.contract import Method
 from mocosfl_jax.federated.state import TrainState
 
-BUILT_IN = {"mocosfl": "mocosfl_jax.methods.mocosfl.recipe:MOCOSFL"}
+BUILT_IN = {
+    "mocosfl": "mocosfl_jax.methods.mocosfl.recipe:MOCOSFL",
+    "local": "mocosfl_jax.methods.local.recipe:LOCAL",
+}
 """Where the recipe of each built-in method is."""
 
 
@@ -50,10 +54,11 @@ class Recipe:
     build: from config, mesh axes and number of devices to the method.
     rules: values of the fields that it reads, where they are unset. The fields that all methods
       share are filled already; values of other fields than those in `reads` are ignored.
-    check: raises InputError for values that contradict each other.
+    check: raises InputError for values that contradict each other, or the data set.
     check_holdings: raises InputError where clients hold too few images for the method.
     sections: by name, frozen dataclasses whose fields have defaults, and ranges like those of
       `Config`; they become `config.NAME.FIELD`.
+    rate_by_round: whether learning rates change between rounds only, and not within one.
     facts: what it says of a run. Its second argument counts how often the most often drawn image
       is drawn, which takes a while.
     memory_hints: by part of the state (`population`, or `server.X` for the field X of the server's
@@ -64,9 +69,10 @@ class Recipe:
     reads: frozenset[str]
     build: Callable[[Resolved, Axes, int], Method]
     rules: Callable[[Config], Mapping[str, Any]] = lambda config: {}
-    check: Callable[[Resolved], None] = lambda config: None
+    check: Callable[[Resolved, DatasetInfo], None] = lambda config, info: None
     check_holdings: Callable[[Resolved, ClientImages], None] = lambda config, partition: None
     sections: Mapping[str, type] = FrozenDict()
+    rate_by_round: bool = False
     facts: Callable[[Resolved, Callable[[], int]], Facts] = lambda config, most_draws: Facts()
     memory_hints: Mapping[str, tuple[str, str]] = FrozenDict()
     former: FormerLayout | None = None

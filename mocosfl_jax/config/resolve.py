@@ -40,7 +40,7 @@ def resolve(config: Config, info: DatasetInfo, partition: ClientImages | None = 
     resolved = Resolved.of(filled)
     check_resolved(resolved, config, holders)
     check_ranges(resolved)
-    recipe.check(resolved)
+    recipe.check(resolved, info)
     return resolved
 
 
@@ -70,9 +70,10 @@ def _filled(config: Config, info: DatasetInfo, holders: int) -> Config:
         fill("mix_batch_size", config.batch_size)
     rows = config.cohort_size * config.batch_size
     if config.steps_per_round is None:
-        fill("rounds", math.ceil(config.epochs * config.num_clients / config.cohort_size))
+        visits = config.num_clients / (config.cohort_size * config.local_epochs)
+        fill("rounds", math.ceil(config.epochs * visits))
         held = config.images_per_client or info.num_train / config.num_clients
-        fill("steps_per_round", max(1, int(held / config.batch_size)))
+        fill("steps_per_round", max(1, int(config.local_epochs * held / config.batch_size)))
     images_a_round = config.steps_per_round * rows
     fill("rounds", max(1, round(config.epochs * info.num_train / images_a_round)))
     fill("width", default_width(config.backbone))

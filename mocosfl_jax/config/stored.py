@@ -26,6 +26,7 @@ _NEWER_SECTIONS = {**DEFENCES, "averaging": Averaging, "measure": Measure}
 
 _NEWER_THAN_IDENTITY = {
     "method": "mocosfl",
+    "local_epochs": 1,
     "mix_fraction": 1.0,
     "mix_batch_size": None,
     "init_parts": "both",
@@ -71,12 +72,16 @@ def config_from_json(values: Any, where: str) -> Config:
 
 def _is_complete(config: Config) -> bool:
     """Whether the values are set that every resolved config of its method has."""
-    unread = METHOD_FIELDS - find_recipe(config.method).reads
-    return all(
-        getattr(config, name) is not None
+    recipe = find_recipe(config.method)
+    shared = [
+        name
         for name, value_type in value_types(Config).items()
-        if not value_type.optional and name not in {"mean", "std", *OPTIONAL_FIELDS, *unread}
-    )
+        if not value_type.optional and name not in {"mean", "std", *OPTIONAL_FIELDS, *METHOD_FIELDS}
+    ]
+    if any(getattr(config, name) is None for name in shared):
+        return False
+    filled = [name for name, value in recipe.rules(config).items() if value is not None]
+    return all(getattr(config, name) is not None for name in recipe.reads.intersection(filled))
 
 
 def flat_fields(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,11 +21,13 @@ def program_of(config: Resolved, placement: Placement | None = None) -> Program:
         min_scale=config.crop_min_scale,
         blur_kernel_size=config.blur_kernel_size,
     )
+    recipe = find_recipe(config.method)
+    hold = config.steps_per_round if recipe.rate_by_round else 1
     return Program(
-        method=find_recipe(config.method).build(config, axes, devices),
+        method=recipe.build(config, axes, devices),
         augment=augment,
         learning_rate=config.learning_rate,
-        schedule=rate_schedule(config.schedule, config.total_steps),
+        schedule=rate_schedule(config.schedule, config.total_steps, hold),
         total_steps=config.total_steps,
     )
 

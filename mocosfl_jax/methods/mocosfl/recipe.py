@@ -7,6 +7,7 @@ from mocosfl_jax.config.defences import DEFENCES
 from mocosfl_jax.config.fields import Config, Resolved
 from mocosfl_jax.config.measure import MOST_AGES, Measure
 from mocosfl_jax.config.recipe import FormerLayout, Recipe
+from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.methods.mocosfl.build import build, keys_per_step, queue_rows, queue_steps
 from mocosfl_jax.methods.mocosfl.defences import check_defences, check_holdings, facts
@@ -31,7 +32,7 @@ def _rules(config: Config) -> dict[str, Any]:
     }
 
 
-def _check(config: Resolved) -> None:
+def _check(config: Resolved, info: DatasetInfo) -> None:
     """Raises: InputError: values that contradict each other."""
     _check_queue(config)
     _check_client_state(config)
@@ -64,9 +65,6 @@ def _check_client_state(config: Resolved) -> None:
 
 def _check_chunks(config: Resolved) -> None:
     chunks = config.cohort_chunks or 1
-    if chunks > config.cohort_size:
-        allowed = f"at most one client a chunk: 1 to {config.cohort_size}"
-        raise InputError("config.cohort_chunks", chunks, allowed)
     if chunks > 1 and HEADS[config.head].batch_norm:
         allowed = f"1 is needed with head {config.head}, whose BatchNorm sees all rows at once"
         raise InputError("config.cohort_chunks", chunks, allowed)
