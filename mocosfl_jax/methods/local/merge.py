@@ -127,4 +127,4 @@ class FedEMA(Average):
         return Record(round_, moved, jnp.where(record.round == NEVER, scale, record.scale))
 
 
-MERGES = {"average": Average, "fedu": FedU, "fedema": FedEMA}
+MERGES: dict[str, type[Average]] = {"average": Average, "fedu": FedU, "fedema": FedEMA}
