@@ -182,19 +182,19 @@ class LocalTraining:
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
         """What a backward pass of each slot keeps, its gradient and its new parameters, those of a
         key encoder or target network included."""
-        batch = images.shape[0]
-        labels, mask = (jax.ShapeDtypeStruct((batch,), kind) for kind in (jnp.int32, bool))
-        views = cast(Any, (images,) * self.views)
-        examples = Examples(views, cast(Any, labels if self.labels else None), cast(Any, mask))
-        client = jax.eval_shape(self._first_participant, jax.random.key(0))
+        rows = images.shape[0]
 
-        def backward(client: Participant, examples: Examples) -> Any:
+        def backward(client: Participant, images: jax.Array) -> Any:
+            labels = jnp.zeros(rows, jnp.int32) if self.labels else None
+            examples = Examples((images,) * self.views, labels, jnp.ones(rows, bool))
+
             def loss(params: dict[str, Params]) -> jax.Array:
                 return self.learner.loss(params, client, examples)[0]
 
             return jax.vjp(loss, client.model.params)[1]
 
-        kept = jax.eval_shape(backward, client, examples)
+        client = jax.eval_shape(self._first_participant, jax.random.key(0))
+        kept = jax.eval_shape(backward, client, images)
         new = (client.model.params, client.model.params, client.target)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype), (kept, new))
 
