@@ -17,13 +17,21 @@ import optax
 from mocosfl_jax.federated.average import average, hand_out
 from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.federated.chunks import over_chunks
-from mocosfl_jax.federated.contract import Batch, Message, Metric, StepResult, Tree
+from mocosfl_jax.federated.contract import (
+    Batch,
+    ClientWork,
+    Message,
+    Metric,
+    StepResult,
+    Tree,
+)
 from mocosfl_jax.learning.queue import Queue, init_queue
 from mocosfl_jax.methods.mocosfl import client as client_side
 from mocosfl_jax.methods.mocosfl import server as server_side
 from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Pending, Totals
 from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents, Params
 from mocosfl_jax.methods.mocosfl.server import Learned, ServerSide, ServerState
+from mocosfl_jax.methods.mocosfl.work import client_work
 from mocosfl_jax.models.split import SplitModel, Variables
 
 
@@ -296,15 +304,15 @@ class MocoSFL:
         """Masks, one bit a row, are not counted."""
         state, latents, _ = self._one_client(images)
         sent = (
-            Message("query latents", True, "step", self._on_wire(latents.query)),
-            Message("key latents", True, "step", self._on_wire(latents.key)),
+            Message("query latents", True, "step", self._on_wire(latents.query), "latents"),
+            Message("key latents", True, "step", self._on_wire(latents.key), "latents"),
         )
         if self.client.frozen:  # the key encoder is the same model
             return *sent, Message("client model", False, "once", ClientModel(state.params, None))
         weights = client_side.upload(state, self.align)
         return (
             *sent,
-            Message("gradient of query latents", False, "step", latents.query),
+            Message("gradient of query latents", False, "step", latents.query, "gradients"),
             Message("client model", True, "sync", weights),
             Message("average of client models", False, "sync", weights),
         )
@@ -316,6 +324,14 @@ class MocoSFL:
     def sent(self, participant: Participant, images: jax.Array, key: jax.Array) -> jax.Array:
         """Query latents; key latents are those of the key encoder."""
         return client_side.latents(self.client, participant.client.params, images, key)
+
+    def client_work(self, images: jax.ShapeDtypeStruct) -> ClientWork:
+        def participant(key: jax.Array) -> ClientState:
+            server = self.init(key, key)
+            return self.join(server, self.own(server, key)).client
+
+        state = jax.eval_shape(participant, jax.random.key(0))
+        return client_work(self.client, state, images)
 
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
         _, latents, pending = self._one_client(images)
