@@ -30,6 +30,7 @@ def memory_of(work: Work) -> Memory:
     donated = (0,) if work.replaces else ()
     lowered = jax.jit(work.function, donate_argnums=donated).lower(*work.arguments)
     found = lowered.compile().memory_analysis()
+    assert found is not None, "backends of JAX's own have it"
     return Memory(
         arguments=found.argument_size_in_bytes,
         outputs=found.output_size_in_bytes,
