@@ -24,6 +24,7 @@ ROOMS = (  # from top to bottom; imports point down
     "sweep",
     "attack",
     "evaluate",
+    "costs",
     "run",
     "evaluation",
     "methods",

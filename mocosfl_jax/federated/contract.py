@@ -12,6 +12,7 @@ A round is `join`, steps, `leave`. Functions of one client have no client axis; 
 them.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -93,13 +94,33 @@ class Message(NamedTuple):
 
     name: for people. up: from the client to the server, else down. when: `step`, `sync` (each
     average) or `once`, before a client's first round. content: pytree of `jax.ShapeDtypeStruct`,
-    its size on the wire.
+    its size on the wire. kind: `latents`, `gradients` (of latents) or `weights`.
     """
 
     name: str
     up: bool
     when: str
     content: Tree
+    kind: str = "weights"
+
+
+class Work(NamedTuple):
+    """What one client computes, as a function that is traced and compiled by itself.
+
+    function: pure. arguments: of it, pytrees of `jax.ShapeDtypeStruct`. replaces: whether the first
+    of its results takes the place of its first argument, the client's state.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Tree, ...]
+    replaces: bool
+
+
+class ClientWork(NamedTuple):
+    """train: a whole step. infer: its part of the trained network, in evaluation."""
+
+    train: Work
+    infer: Work
 
 
 class Method(Protocol):
@@ -170,6 +191,12 @@ class Method(Protocol):
         """The latents that a participant sends of its images in a step; None: it sends none.
 
         Args: images: normalised, (B, S, S, 3) float32. key: for what is random in them.
+        """
+
+    def client_work(self, images: jax.ShapeDtypeStruct) -> ClientWork:
+        """What one client computes of a step's images, (B, S, S, 3), by itself and without a mesh.
+
+        What the server sends it within the step is an argument.
         """
 
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:

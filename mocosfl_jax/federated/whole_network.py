@@ -1,12 +1,21 @@
 """A base class for methods whose clients train and average the whole network."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
+import jax.numpy as jnp
 
 from mocosfl_jax.federated.axes import NO_MESH, Axes
-from mocosfl_jax.federated.contract import Message, Tree
+from mocosfl_jax.federated.contract import (
+    Batch,
+    ClientWork,
+    Message,
+    Method,
+    Normalisation,
+    Tree,
+    Work,
+)
 from mocosfl_jax.models.split import SplitModel, Variables
 
 
@@ -50,6 +59,38 @@ class WholeNetwork:
     def sent(self, participant: Tree, images: jax.Array, key: jax.Array) -> None:
         """Images are never sent, in whatever form."""
 
+    def client_work(self, images: jax.ShapeDtypeStruct) -> ClientWork:
+        """`step` of a cohort of one, without a sync, and `encode` of the whole network.
+
+        The server's state is taken to matter at syncs alone: no client holds it.
+        """
+        step = cast(Method, self).step
+        server, participant = jax.eval_shape(self._first_participant, jax.random.key(0))
+        cohort = _with_axis(participant, 1)
+
+        def one_step(cohort: Tree, views: tuple[jax.Array, ...], labels: jax.Array | None) -> Any:
+            unused = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), server)
+            batch = Batch(
+                views=views,
+                labels=labels,
+                mask=jnp.ones((1, images.shape[0]), bool),
+                weight=jnp.ones(1),
+                sync=jnp.bool_(False),
+                rate_factor=jnp.float32(1),
+                progress=jnp.float32(0),
+                keys=jax.random.split(jax.random.key(0), 1),
+                normalisation=Normalisation(jnp.full(3, 0.5), jnp.full(3, 0.25)),
+            )
+            result = step(unused, cohort, batch)
+            return result.cohort, result.metrics
+
+        labels = jax.ShapeDtypeStruct((1, images.shape[0]), jnp.int32) if self.labels else None
+        views = (_with_axis(images, 1),) * max(1, self.views)
+        return ClientWork(
+            train=Work(one_step, (cohort, views, labels), replaces=True),
+            infer=Work(self.model.encode, (self._shapes(), images), replaces=False),
+        )
+
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
         """What a backward pass through the views of each slot's images keeps, and two networks of
         each slot: the gradient and the new network."""
@@ -61,9 +102,18 @@ class WholeNetwork:
         rows = max(1, self.views) * images.shape[0]
         views = jax.ShapeDtypeStruct((rows, *images.shape[1:]), images.dtype)
         kept = jax.eval_shape(backward, network, views)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype), (kept, network, network)
-        )
+        return _with_axis((kept, network, network), slots)
+
+    def _first_participant(self, key: jax.Array) -> tuple[Any, Tree]:
+        """The first server and a participant of the first round."""
+        method = cast(Method, self)
+        server = self.init(key, key)
+        return server, method.join(server, method.own(server, key))
 
     def _shapes(self) -> Variables:
         return jax.eval_shape(self.model.init, jax.random.key(0))
+
+
+def _with_axis(tree: Tree, size: int) -> Tree:
+    """Shapes with a leading axis."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), tree)

@@ -147,6 +147,10 @@ class _ChannelwiseGroupNorm(nn.Module):
         return centred * (factor * scale.reshape(1, 1, 1, -1)) + bias.reshape(1, 1, 1, -1)
 
 
+GROUP_NORMS = (nn.GroupNorm, _ChannelwiseGroupNorm)
+"""Modules that `group_norm` applies."""
+
+
 def _group_mean(x_BHWC: jax.Array) -> jax.Array:
     """Mean over the pixels and channels of a group, for each of its channels, (B, 1, 1, C)."""
     by_channel_BC = x_BHWC.mean(axis=(1, 2))

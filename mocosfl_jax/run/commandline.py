@@ -20,12 +20,18 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     Args: argv: command line, the program first; a field of the config file becomes a flag where the
       command line overrides it.
     """
+    values = define_config_flags(argv)
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    define_common_flags(values)
+    return values
+
+
+def define_config_flags(argv: list[str]) -> flags.FlagValues:
+    """--config with its overrides. Args: argv: see `define_flags`."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "Config file.", flag_values=values, sys_argv=argv
     )
-    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
-    define_common_flags(values)
     return values
 
 

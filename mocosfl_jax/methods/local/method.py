@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from mocosfl_jax.federated.average import average
 from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.federated.chunks import over_chunks
-from mocosfl_jax.federated.contract import Batch, Message, Metric, StepResult, Tree
+from mocosfl_jax.federated.contract import (
+    Batch,
+    ClientWork,
+    Message,
+    Metric,
+    StepResult,
+    Tree,
+    Work,
+)
 from mocosfl_jax.learning.divergence import divergence
 from mocosfl_jax.learning.queue import Queue, init_queue
 from mocosfl_jax.methods.local.learner import Examples, Learner
@@ -178,6 +186,21 @@ class LocalTraining:
 
     def sent(self, participant: Participant, images: jax.Array, key: jax.Array) -> None:
         """Images are never sent, in whatever form."""
+
+    def client_work(self, images: jax.ShapeDtypeStruct) -> ClientWork:
+        rows = images.shape[0]
+
+        def step(client: Participant, views: tuple[jax.Array, ...], labels: Any) -> Any:
+            examples = Examples(views, labels, jnp.ones(rows, bool))
+            return self.learner.step(client, examples, jnp.float32(0.1))
+
+        labels = jax.ShapeDtypeStruct((rows,), jnp.int32) if self.labels else None
+        client = jax.eval_shape(self._first_participant, jax.random.key(0))
+        variables = jax.eval_shape(self.model.init, jax.random.key(0))
+        return ClientWork(
+            train=Work(step, (client, (images,) * self.views, labels), replaces=True),
+            infer=Work(self.model.encode, (variables, images), replaces=False),
+        )
 
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
         """What a backward pass of each slot keeps, its gradient and its new parameters, those of a

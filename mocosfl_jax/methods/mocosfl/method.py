@@ -11,17 +11,24 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from mocosfl_jax.federated.average import average, hand_out
 from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.federated.chunks import over_chunks
-from mocosfl_jax.federated.contract import Batch, Message, Metric, StepResult, Tree
+from mocosfl_jax.federated.contract import (
+    Batch,
+    ClientWork,
+    Message,
+    Metric,
+    StepResult,
+    Tree,
+)
 from mocosfl_jax.learning.divergence import divergence
 from mocosfl_jax.learning.queue import Queue, init_queue
 from mocosfl_jax.methods.mocosfl import client as client_side
 from mocosfl_jax.methods.mocosfl import server as server_side
-from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Pending, Totals
+from mocosfl_jax.methods.mocosfl import sizes
+from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Totals
 from mocosfl_jax.methods.mocosfl.measures import divergence_metric, similarity_metrics
 from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents, Params
 from mocosfl_jax.methods.mocosfl.server import Learned, ServerSide, ServerState
@@ -312,70 +319,22 @@ class MocoSFL:
 
     def traffic(self, images: jax.ShapeDtypeStruct) -> tuple[Message, ...]:
         """Masks, one bit a row, are not counted."""
-        state, latents, _ = self._one_client(images)
-        sent = (
-            Message("query latents", True, "step", self._on_wire(latents.query)),
-            Message("key latents", True, "step", self._on_wire(latents.key)),
-        )
-        if self.client.frozen:  # the key encoder is the same model
-            return *sent, Message("client model", False, "once", ClientModel(state.params, None))
-        weights = client_side.upload(state, self.align)
-        return (
-            *sent,
-            Message("gradient of query latents", False, "step", latents.query),
-            Message("client model", True, "sync", weights),
-            Message("average of client models", False, "sync", weights),
-        )
-
-    def _on_wire(self, latents: Any) -> Tree:
-        release = self.client.release
-        return latents if release is None else release.on_wire(latents)
+        return sizes.traffic(self, images)
 
     def sent(self, participant: Participant, images: jax.Array, key: jax.Array) -> jax.Array:
         """Query latents; key latents are those of the key encoder."""
         return client_side.latents(self.client, participant.client.params, images, key)
 
+    def client_work(self, images: jax.ShapeDtypeStruct) -> ClientWork:
+        def participant(key: jax.Array) -> ClientState:
+            server = self.init(key, key)
+            return self.join(server, self.own(server, key)).client
+
+        state = jax.eval_shape(participant, jax.random.key(0))
+        return sizes.client_work(self.client, state, images)
+
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
-        _, latents, pending = self._one_client(images)
-        variables = jax.eval_shape(self.model.init, jax.random.key(0))
-        groups, width = slots if self.private_queues else 1, self.model.head.width
-        rows, views = slots * latents.query.shape[0], 2 if self.server.loss.swapped else 1
-
-        def backward(variables: Variables, latents_R: jax.Array, keys_RD: jax.Array, queue: Any):
-            def loss(params: Params) -> jax.Array:
-                queries, keys, mask = (latents_R,) * views, (keys_RD,) * views, jnp.ones(rows, bool)
-                return server_side.contrast(
-                    self.server, params, variables.stats, queries, keys, queue, mask
-                ).loss
-
-            return jax.vjp(loss, variables.server)[1]
-
-        kept = jax.eval_shape(
-            backward,
-            variables,
-            jax.ShapeDtypeStruct((rows, *latents.query.shape[1:]), latents.query.dtype),
-            jax.ShapeDtypeStruct((rows, width), jnp.float32),
-            jax.ShapeDtypeStruct((groups, self.queue_rows, width), jnp.float32),
-        )
-        of_clients = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype),
-            (pending.backward, variables.client),
-        )
-        gradients = 2 if self.chunks > 1 else 1  # chunks add up theirs
-        new_models = 2  # the online model and the key encoder, beside the old ones
-        return of_clients, kept, [variables.server] * (gradients + new_models)
-
-    def _one_client(self, images: jax.ShapeDtypeStruct) -> tuple[ClientState, Latents, Pending]:
-        """Shapes of a client's state, of what it sends in a step, and of what it then holds."""
-
-        def one_step(params: Params, images: jax.Array) -> tuple[ClientState, Latents, Pending]:
-            state = ClientState(params, params, optax.EmptyState())
-            mask = jnp.ones(images.shape[0], bool)
-            rng = jax.random.key(0) if self.client.needs_key else None
-            return client_side.forward(self.client, state, images, images, mask, rng)
-
-        variables = jax.eval_shape(self.model.init, jax.random.key(0))
-        return jax.eval_shape(one_step, variables.client, images)
+        return sizes.working_set(self, images, slots)
 
 
 def _latest(server: MocoState, own: Mixed) -> ClientModel:

@@ -1,0 +1,1 @@
+"""What a client computes, holds and sends, from a config alone, before anything runs."""

@@ -1,0 +1,83 @@
+"""Command line: `python -m mocosfl_jax.costs --config configs/X.py`.
+
+Options: --config.FIELD=VALUE overrides a field of the config file, --config.FIELD=None unsets it;
+--json FILE also writes the numbers there.
+
+Prints what one client of such a run computes, holds and sends. Nothing is trained, and no pixel is
+read; what a client runs is compiled for this machine, for its memory.
+Exit status: 0 done; 1 a file could not be written; 2 bad input, one line on stderr.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from mocosfl_jax.errors import InputError
+from mocosfl_jax.run.commandline import define_config_flags, parse
+from mocosfl_jax.run.console import quiet_libraries, unbreakable_output
+from mocosfl_jax.run.storage import StorageError, write_json
+
+FAILED, BAD_INPUT = 1, 2
+
+
+def main(argv: list[str]) -> int:
+    """Runs one command; returns the exit status."""
+    try:
+        return _command(argv)
+    except InputError as error:
+        return _end(error, BAD_INPUT)
+    except StorageError as error:
+        return _end(error, FAILED)
+
+
+def _end(reason: object, status: int) -> int:
+    print(f"mocosfl_jax.costs: {reason}", file=sys.stderr)
+    return status
+
+
+def _command(argv: list[str]) -> int:
+    """Raises: InputError; StorageError."""
+    values = define_config_flags(argv)
+    flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
+    flags.DEFINE_string("json", None, "File for the numbers.", flag_values=values)
+    parse(values, argv)
+    if values.help:
+        print(__doc__)
+        return 0
+    if values.config is None:
+        raise InputError("--config", None, "a config file is needed, e.g. configs/quickstart.py")
+    if values.json is not None and not Path(values.json).parent.is_dir():
+        raise InputError("--json", values.json, "a file in an existing folder is needed")
+    _print(values.config, values.json)
+    return 0
+
+
+def _print(raw: ConfigDict, json: str | None) -> None:
+    # Imported here so that a typing mistake on the command line is answered at once.
+    from mocosfl_jax.config import check_types
+    from mocosfl_jax.config.checks import check_fields
+    from mocosfl_jax.config.data import deal, prepare
+    from mocosfl_jax.costs.report import as_json, costs_of, table
+    from mocosfl_jax.run.processes import use_compilation_cache
+    from mocosfl_jax.run.program import check_labels, program_of
+
+    unresolved = check_types(raw)
+    check_fields(unresolved)
+    prepared = prepare(unresolved)
+    config, partition = deal(unresolved, prepared)
+    check_labels(config, program_of(config), prepared.info)
+    use_compilation_cache(config.compilation_cache)
+    costs = costs_of(config, partition.num_holders)
+    print(table(costs))
+    if json is not None:
+        write_json(Path(json), as_json(config, costs))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    quiet_libraries()
+    unbreakable_output()
+    sys.exit(main(sys.argv))

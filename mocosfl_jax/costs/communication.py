@@ -1,0 +1,71 @@
+"""Bytes that a client sends and receives in a run."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+
+from mocosfl_jax.config import Resolved
+from mocosfl_jax.federated.contract import Method
+
+KINDS = ("latents", "gradients", "weights")
+
+
+@dataclass(frozen=True)
+class Participation:
+    """How often a client does what, in the whole run and on average over clients.
+
+    rounds: that it takes part in. steps, syncs: within them.
+    """
+
+    rounds: float
+    steps: float
+    syncs: float
+
+    def times(self, when: str) -> float:
+        """Args: when: `Message.when`."""
+        return {"step": self.steps, "sync": self.syncs, "once": 1.0}[when]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message. size: bytes. times: in the run, on average. The rest: see `Message`."""
+
+    name: str
+    kind: str
+    up: bool
+    when: str
+    size: int
+    times: float
+
+    @property
+    def total(self) -> float:
+        """Bytes in the run."""
+        return self.size * self.times
+
+
+def participation(config: Resolved, holders: int) -> Participation:
+    """Args: holders: clients that have images."""
+    rounds = config.rounds * config.cohort_size / holders
+    return Participation(rounds, rounds * config.steps_per_round, rounds * sum(config.sync_steps))
+
+
+def messages_of(
+    method: Method, images: jax.ShapeDtypeStruct, often: Participation
+) -> tuple[Sent, ...]:
+    """Args: images: of a step of one client, (B, S, S, 3)."""
+    return tuple(
+        Sent(m.name, m.kind, m.up, m.when, bytes_of(m.content), often.times(m.when))
+        for m in method.traffic(images)
+    )
+
+
+def total(messages: Iterable[Sent], kind: str, up: bool) -> float:
+    """Bytes of one kind in one direction, in the run."""
+    return sum(m.total for m in messages if (m.kind, m.up) == (kind, up))
+
+
+def bytes_of(tree: object) -> int:
+    """Args: tree: of shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
