@@ -1,5 +1,6 @@
 """A step of one client, against plain loops over the images that count."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from tests.tiny_local import (
     RATE,
     SIZE,
     TEMPERATURE,
+    WIDTH,
     local,
     moved,
     stem_and_head,
@@ -165,3 +167,14 @@ def test_an_image_alone_has_no_negatives():
         value, gradient = jax.value_and_grad(loss)(views[0])
         assert abs(float(value)) < 1e-6
         np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_work_of_a_client_is_its_step(objective):
+    """What is counted of it takes and gives the state of a participant."""
+    method = local(objective, Average())
+    train, infer = method.client_work(jax.ShapeDtypeStruct((5, SIZE, SIZE, 3), jnp.float32))
+    client, _ = jax.eval_shape(train.function, *train.arguments)
+    assert train.replaces and not infer.replaces
+    chex.assert_trees_all_equal_shapes_and_dtypes(client, train.arguments[0])
+    assert jax.eval_shape(infer.function, *infer.arguments).embedding.shape == (5, WIDTH)
