@@ -31,7 +31,8 @@ def ended(monkeypatch):
 
 
 def dispatch(step: int, mask: list[list[list[int]]]) -> SimpleNamespace:
-    return SimpleNamespace(round=0, step=step, mask=np.array(mask, bool))
+    round_ends = {"begins_round": step == 0, "ends_round": False}
+    return SimpleNamespace(round=0, step=step, mask=np.array(mask, bool), **round_ends)
 
 
 def output(*loss: float, finite: bool = True, **metrics: Metric) -> DispatchOutput:
