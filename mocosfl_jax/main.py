@@ -97,21 +97,25 @@ def _folder(path: str) -> Path:
     return Path(expanded).absolute()
 
 
-def _settle(raw: ConfigDict, stored: "Stored | None") -> "tuple[Resolved, Prepared]":
+def _settle(
+    raw: ConfigDict, folder: Path | None, stored: "Stored | None"
+) -> "tuple[Resolved, Prepared]":
     """The resolved config and its data set, no image of which has been decoded.
 
-    Args: stored: the run that goes on, or None.
+    Args: folder: of the run, if it is known. stored: the run in it that goes on, or None.
     Raises: InputError: a field, or data, that cannot be used.
     """
     # Imported here so that a typing mistake on the command line is answered at once.
     from mocosfl_jax.config import check_types
     from mocosfl_jax.config.checks import check_fields
-    from mocosfl_jax.config.data import deal, prepare
+    from mocosfl_jax.config.data import check_apart, deal, prepare
     from mocosfl_jax.run.program import check_labels, program_of
     from mocosfl_jax.run.source import with_init_digest
 
     config = check_types(raw)
     check_fields(config)
+    if folder is not None:
+        check_apart(config, folder)
     if stored is not None and config.holdout_fraction is None:
         # Its rule has changed since version 0.1.0; a run keeps the images that it started with.
         config = dataclasses.replace(config, holdout_fraction=stored.config.holdout_fraction)
@@ -128,7 +132,7 @@ def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
     from mocosfl_jax.run.workdir import WorkDir, read_stored
     from mocosfl_jax.train import CollapseError, Interrupted, NonFiniteError, finished, train
 
-    config, prepared = _settle(raw, read_stored(path))
+    config, prepared = _settle(raw, path, read_stored(path))
     use_compilation_cache(config.compilation_cache)
     workdir, startup = WorkDir(path, is_primary()), startup or Startup()
     try:
@@ -167,7 +171,7 @@ def _dry_run(raw: ConfigDict, path: str | None) -> int:
     from mocosfl_jax.run.workdir import read_stored
 
     folder = _folder(path) if path else None
-    config, prepared = _settle(raw, read_stored(folder) if folder else None)
+    config, prepared = _settle(raw, folder, read_stored(folder) if folder else None)
     if folder is not None:
         _check_folder(folder, config, prepared)
     _print_plan(config, prepared)

@@ -12,6 +12,7 @@ from mocosfl_jax.main import main
 from mocosfl_jax.run.processes import initialize
 from mocosfl_jax.run.workdir import WorkDir
 from tests import tiny
+from tests.data_files import write_classes
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "cifar10.py")
 
@@ -58,6 +59,21 @@ def test_bad_input_is_refused_in_one_line(capsys, npz, override, words):
     for word in words:
         assert word in line
     assert not (npz.parent / "run").exists()
+
+
+@pytest.mark.parametrize("place", ["", "run", "train/runs/one"])
+@pytest.mark.parametrize("more", [[], ["--dry_run"]], ids=str)
+def test_a_run_among_its_pictures_is_refused(capsys, tmp_path, place, more):
+    """It would be read as one of their folders when the run goes on."""
+    write_classes(tmp_path / "pictures" / "train", {"a": 20, "b": 20})
+    folder = tmp_path / "pictures" / place
+    argv = ["main", "--config", CONFIG, "--workdir", str(folder), *more]
+    argv += tiny.flags(tmp_path, dataset=f"folder:{tmp_path}/pictures", image_size=8)
+    line = refused(capsys, argv)
+    assert f"--workdir = '{folder}': a folder outside {tmp_path}/pictures" in line
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"train"}
+    beside = [str(tmp_path / "pictures2") if x == str(folder) else x for x in argv]
+    assert main([*beside, "--dry_run"]) == 0
 
 
 def test_images_beyond_the_memory_are_refused(capsys, npz):
@@ -113,13 +129,14 @@ def test_a_folder_with_a_broken_image(capsys, npz, tmp_path):
 
 @pytest.mark.parametrize("names", [("train", "val", "misc"), ("Train", "Val")])
 def test_folders_beside_the_splits_are_no_classes(capsys, npz, tmp_path, names):
+    root = tmp_path / "pictures"
     for name in names:
-        (tmp_path / name / "cat").mkdir(parents=True)
+        (root / name / "cat").mkdir(parents=True)
         for index in range(4):
             picture = Image.new("RGB", (9, 9), (20 * index, 0, 0))
-            picture.save(tmp_path / name / "cat" / f"{index}.png")
-    argv = command(npz, f"--config.dataset=folder:{tmp_path}", "--config.image_size=8")
-    assert str(tmp_path / names[-1 if "misc" in names else 0]) in refused(capsys, argv)
+            picture.save(root / name / "cat" / f"{index}.png")
+    argv = command(npz, f"--config.dataset=folder:{root}", "--config.image_size=8")
+    assert str(root / names[-1 if "misc" in names else 0]) in refused(capsys, argv)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """From a config to its data: how the data set is read, and which client holds which images."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,6 +34,16 @@ def data_options(config: Config) -> Options:
         "holdout_fraction": config.holdout_fraction,
         "seed": config.seed,
     }
+
+
+def check_apart(config: Config, workdir: Path) -> None:
+    """Raises: InputError: the folder of a run lies among the pictures that the run reads."""
+    for name in ("dataset", "mix_dataset"):
+        kind, _, path = (getattr(config, name) or "").partition(":")
+        root = Path(os.path.expanduser(path)).resolve()
+        if kind == "folder" and workdir.resolve().is_relative_to(root):
+            allowed = f"a folder outside {root}, the pictures of config.{name}, is needed"
+            raise InputError("--workdir", str(workdir), allowed)
 
 
 def prepare(config: Config) -> Prepared:
