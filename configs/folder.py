@@ -5,7 +5,7 @@
 
 The folder holds one folder a class, or just pictures. Without classes there is no accuracy to
 report, and no test set is held out. Any number of pictures will do: 50 passes suit some thousands;
-a few hundred want more, and a hundred thousand fewer (--config.epochs=5).
+a few hundred need more, and a hundred thousand fewer (--config.epochs=5).
 """
 
 from ml_collections import ConfigDict
