@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.commandline import define_common_flags, define_flags, parse
-from mocosfl_jax.run.console import quiet_libraries, unbreakable_output
+from mocosfl_jax.run.console import run_command
 
 if TYPE_CHECKING:
     from mocosfl_jax.config import Resolved
@@ -262,7 +262,4 @@ estimated memory: {one_memory if jax.default_backend() == "cpu" else on_device}"
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    quiet_libraries()
-    unbreakable_output()
-    sys.exit(main(sys.argv))
+    run_command(main)

@@ -16,7 +16,6 @@ result, and answers at once for one that is finished.
 """
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -51,7 +50,7 @@ from mocosfl_jax.data.dataset import Dataset
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.models.decoder import Decoder
 from mocosfl_jax.run.checkpoint import saved_steps
-from mocosfl_jax.run.console import quiet_libraries, unbreakable_output
+from mocosfl_jax.run.console import run_command
 from mocosfl_jax.run.options import options_of, workdir_of
 from mocosfl_jax.run.processes import use_compilation_cache
 from mocosfl_jax.run.progress import SECONDS_BETWEEN_LINES
@@ -182,7 +181,4 @@ def _progress(epochs: int) -> Callable[[Epoch], None]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    quiet_libraries()
-    unbreakable_output()
-    sys.exit(main(sys.argv))
+    run_command(main)

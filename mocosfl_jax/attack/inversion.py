@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mocosfl_jax.attack.quality import Quality, joined, pixels, quality
 from mocosfl_jax.data.augment import normalise
+from mocosfl_jax.learning.adam import adam_update
 from mocosfl_jax.models.decoder import Decoder
 from mocosfl_jax.randomness import Stream, device_key, host_rng
 
@@ -220,11 +221,9 @@ def _train_step(
         return errors / batch.mask.sum(dtype=jnp.float32), (errors, updated)
 
     grads, (errors, updated) = jax.grad(loss, has_aux=True)(params)
-    # Adam's bias correction raises a float to an int32: not allowed where promotion is strict.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optax.adam(attack.learning_rate).update(grads, state.opt_state)
-    variables = {"params": optax.apply_updates(params, updates), **updated}
-    return _State(variables, opt_state), errors
+    adam = optax.adam(attack.learning_rate)
+    params, opt_state = adam_update(adam, params, state.opt_state, grads)
+    return _State({"params": params, **updated}, opt_state), errors
 
 
 @partial(jax.jit, static_argnums=0)

@@ -8,7 +8,6 @@ read; what a client runs is compiled for this machine, for its memory.
 Exit status: 0 done; 1 a file could not be written; 2 bad input, one line on stderr.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.commandline import define_config_flags, parse
-from mocosfl_jax.run.console import quiet_libraries, unbreakable_output
+from mocosfl_jax.run.console import run_command
 from mocosfl_jax.run.storage import StorageError, write_json
 
 FAILED, BAD_INPUT = 1, 2
@@ -77,7 +76,4 @@ def _print(raw: ConfigDict, json: str | None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    quiet_libraries()
-    unbreakable_output()
-    sys.exit(main(sys.argv))
+    run_command(main)

@@ -16,7 +16,6 @@ stopped by SIGTERM or SIGINT, nothing written. The same command starts anew, wit
 
 import contextlib
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from mocosfl_jax.evaluation.protocols import PROTOCOLS, Evaluation, Results, enc
 from mocosfl_jax.evaluation.semi_supervised import FRACTIONS
 from mocosfl_jax.federated.placement import make_placement
 from mocosfl_jax.run.checkpoint import Identity, data_digest
-from mocosfl_jax.run.console import quiet_libraries, unbreakable_output
+from mocosfl_jax.run.console import run_command
 from mocosfl_jax.run.encoder_file import EncoderFile, file_of, read_encoder, weights_digest
 from mocosfl_jax.run.options import define_options, options_of, parse_options, workdir_of
 from mocosfl_jax.run.processes import use_compilation_cache
@@ -145,7 +144,4 @@ def _evaluate(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    quiet_libraries()
-    unbreakable_output()
-    sys.exit(main(sys.argv))
+    run_command(main)

@@ -18,6 +18,7 @@ from jax import lax
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.features import check_labelled
+from mocosfl_jax.learning.adam import adam_update
 from mocosfl_jax.randomness import Stream, device_key
 
 PyTree = Any
@@ -102,7 +103,7 @@ class LinearHead:
 
         grads = jax.grad(loss_fn)(state.params)
         adam = optax.adam(self.learning_rate)
-        return LinearState(*update(adam, grads, state.optimizer, state.params))
+        return LinearState(*adam_update(adam, state.params, state.optimizer, grads))
 
     def logits(self, state: LinearState, features_MD: jax.Array) -> jax.Array:
         """features @ kernel + bias."""
@@ -207,16 +208,6 @@ def cross_entropy(logits_BC: jax.Array, batch: Batch) -> jax.Array:
     """Mean over the batch's rows that count, ()."""
     loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, batch.labels_B)
     return jnp.sum(loss_B * batch.mask_B) / jnp.sum(batch.mask_B)
-
-
-def update(
-    optimizer: optax.GradientTransformation, grads: PyTree, state: optax.OptState, params: PyTree
-) -> tuple[PyTree, optax.OptState]:
-    """Parameters and optimizer state after one step of Adam, whatever its rate."""
-    # Its bias correction raises a float to an int32: not allowed where promotion is strict.
-    with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(grads, state)
-    return optax.apply_updates(params, updates), state
 
 
 def check_learning_rate(learning_rate: float) -> None:

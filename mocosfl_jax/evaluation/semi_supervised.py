@@ -26,8 +26,8 @@ from mocosfl_jax.evaluation.linear_probe import (
     check_learning_rate,
     cross_entropy,
     train_head,
-    update,
 )
+from mocosfl_jax.learning.adam import adam_update
 from mocosfl_jax.learning.schedule import rate_schedule
 from mocosfl_jax.models.norms import MaskedBatchNorm
 from mocosfl_jax.randomness import Stream, host_rng
@@ -108,7 +108,7 @@ class MLPHead:
             return cross_entropy(logits_BC, batch), updated["batch_stats"]
 
         grads, stats = jax.grad(loss_fn, has_aux=True)(state.params)
-        params, optimizer = update(self._adam, grads, state.optimizer, state.params)
+        params, optimizer = adam_update(self._adam, state.params, state.optimizer, grads)
         several = jnp.sum(mask_B) > 1
         after = MLPState(params, stats, optimizer)
         return jax.tree.map(lambda new, old: jnp.where(several, new, old), after, state)

@@ -3,7 +3,8 @@
 import logging
 import os
 import sys
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any, NoReturn, TextIO
 
 
 class _Unbreakable:
@@ -33,6 +34,14 @@ class _Unbreakable:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
+
+
+def run_command(main: Callable[[list[str]], int]) -> NoReturn:
+    """The end of a module that is a command: runs it on this process's arguments."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    quiet_libraries()
+    unbreakable_output()
+    sys.exit(main(sys.argv))
 
 
 def unbreakable_output() -> None:
