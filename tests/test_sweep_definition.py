@@ -12,8 +12,9 @@ from mocosfl_jax.config.recipe import Recipe
 from mocosfl_jax.data.dataset import DatasetInfo, Prepared
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.sweep.__main__ import main
-from mocosfl_jax.sweep.definition import check, default_sweep, expand
+from mocosfl_jax.sweep.definition import default_sweep, expand
 from mocosfl_jax.sweep.folder import SweepFolder
+from mocosfl_jax.sweep.preflight import check
 from tests import tiny
 from tests.tiny_sweep import (
     BASE,
@@ -53,6 +54,47 @@ def test_runs_are_all_combinations_first_seeds_first():
         *("--config", BASE, "--config.epochs=3", "--config.cut=2", "--config.ema=0.5"),
         *("--config.num_clients=7", "--config.queue_length=600", "--config.seed=4"),
     ]
+
+
+def test_some_cells_have_further_fields():
+    more = (
+        {"num_clients": (7, 9), "fields": {"cohort_size": 5}},
+        {"num_clients": (9,), "variant": ("B",), "fields": {"cut": 2, "knn_every": None}},
+    )
+    variants = {"A": {}, "B": {"ema": 0.5}}
+    runs = expand(sweep_of(grid={"num_clients": (4, 7, 9)}, variants=variants, more_fields=more))
+    found = {(run.variant, run.cell["num_clients"]): run.overrides for run in runs.values()}
+    assert found == {
+        ("A", 4): {"num_clients": 4, "seed": 0},
+        ("A", 7): {"num_clients": 7, "seed": 0, "cohort_size": 5},
+        ("A", 9): {"num_clients": 9, "seed": 0, "cohort_size": 5},
+        ("B", 4): {"num_clients": 4, "seed": 0, "ema": 0.5},
+        ("B", 7): {"num_clients": 7, "seed": 0, "ema": 0.5, "cohort_size": 5},
+        ("B", 9): {
+            **{"num_clients": 9, "seed": 0, "ema": 0.5, "cohort_size": 5},
+            **{"cut": 2, "knn_every": None},
+        },
+    }
+
+
+def test_variants_of_several_methods_have_their_own_config_files():
+    """The sweep's own base is then not needed."""
+    files = {"A": "configs/baselines/fedema.py", "B": "configs/comparison.py:FL-BYOL"}
+    variants = {name: {"base": str(ROOT / file)} for name, file in files.items()}
+    variants["A"]["batch_size"] = 3
+    runs = expand(sweep_of(base=None, grid={"num_clients": (4,)}, variants=variants))
+    assert {name: run.arguments for name, run in runs.items()} == {
+        "A,num_clients=4,seed=0": [
+            *("--config", variants["A"]["base"], "--config.batch_size=3"),
+            *("--config.num_clients=4", "--config.seed=0"),
+        ],
+        "B,num_clients=4,seed=0": [
+            *("--config", variants["B"]["base"], "--config.num_clients=4", "--config.seed=0")
+        ],
+    }
+    variants["C"] = {"cut": 2}
+    with pytest.raises(InputError, match=r"config\.variants\['C'\]\.base = None: the config file"):
+        expand(sweep_of(base=None, variants=variants))
 
 
 def test_a_name_is_one_folder_and_tells_values_apart():
@@ -175,6 +217,17 @@ def cifar10(name, **_) -> Prepared:
         ("seeds", (0, -1), ["config.seed", "-1"]),
         ("more_seeds", ({"cut": (1,), "seeds": (1,)},), ["config.more_seeds", "cut"]),
         ("more_seeds", ({"method": ("A",), "seeds": (1,)},), ["config.more_seeds", "variant"]),
+        ("more_fields", ({"num_clients": (2,), "fields": 1},), ["config.more_fields", "fields: {"]),
+        (
+            "more_fields",
+            ({"num_clients": (2,), "fields": {"cuts": 2}},),
+            ["config.more_fields.cuts = 2: no such field"],
+        ),
+        (
+            "more_fields",
+            ({"num_clients": (2,), "fields": {"epochs": 2}},),
+            ["config.more_fields.epochs = 2: set in another place too"],
+        ),
         ("columns", "clients", ["config.columns", "clients"]),
         ("base", "nowhere.py", ["config.base = 'nowhere.py': an existing config file"]),
         ("seeds", (0, 0, 1), ["config.seeds = (0, 0, 1): each seed once"]),

@@ -25,9 +25,10 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.commandline import config_file, parse
 from mocosfl_jax.run.console import unbreakable_output
 from mocosfl_jax.run.storage import StorageError
-from mocosfl_jax.sweep.definition import Run, check, counted, expand
+from mocosfl_jax.sweep.definition import Run, counted, expand
 from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
 from mocosfl_jax.sweep.folder import SweepFolder
+from mocosfl_jax.sweep.preflight import check
 from mocosfl_jax.sweep.report import write_report
 from mocosfl_jax.sweep.runner import Board, Tally, carry_out, stop_requests
 

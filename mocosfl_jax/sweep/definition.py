@@ -1,10 +1,9 @@
 """The fields of a sweep's config, and the runs that follow from them.
 
 A sweep config (`configs/sweeps/*.py`) starts from `default_sweep()` and changes fields. `expand`
-turns it into runs, and `check` checks each of them as `mocosfl_jax.main` would.
+turns it into runs, which `sweep.preflight` checks as `mocosfl_jax.main` would.
 """
 
-import functools
 import importlib.util
 import itertools
 import shlex
@@ -17,17 +16,11 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from mocosfl_jax.attack import commandline as attack
-from mocosfl_jax.config import Config, check_types, default_config
-from mocosfl_jax.config.checks import check_fields
-from mocosfl_jax.config.data import data_options, deal
-from mocosfl_jax.config.data import prepare as prepare_data
+from mocosfl_jax.config import default_config
 from mocosfl_jax.config.stored import flat_fields
-from mocosfl_jax.data.dataset import Prepared
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluate import options as evaluate
 from mocosfl_jax.evaluation.numbers import FAMILIES, NUMBERS, number_of
-from mocosfl_jax.run.commandline import define_flags, parse
-from mocosfl_jax.run.source import with_init_digest
 
 Fields = dict[str, Any]
 """Values of config fields by name; a field of a section is named `section.field`."""
@@ -57,20 +50,23 @@ def default_sweep(method: str = "mocosfl") -> ConfigDict:
     # Named variants, the fields of each: `{"MocoSFL-1": {"cut": 1}, "MocoSFL-3": {"cut": 2}}`; a
     # section is a dict in it: `{"fast": {"toy": {"rate": 0.2}}}`. Each variant is run on the whole
     # grid. A field that a variant leaves out has the base's value; one that it sets to None is
-    # unset.
+    # unset. `base` among them is a config file of its own, which may be one of another method.
     sweep.variants = {}
     # Former name of `variants`, which is refused.
     sweep.methods = placeholder(object)
+    # Further fields of some cells: `({"num_clients": (20,), "fields": {"cohort_size": 5}},)`. A
+    # cell gets them if its fields have the listed values. `variant` may be listed like a field:
+    # `({"variant": ("MocoSFL-1",), "fields": {"batch_size": 4}},)`.
+    sweep.more_fields = ()
     # Seeds of every cell of the grid.
     sweep.seeds = (0,)
-    # Further seeds for some cells: `({"num_clients": (10, 1000), "seeds": (1, 2)},)`. A cell gets
-    # them if its fields have the listed values. `variant` may be listed like a field:
-    # `({"variant": ("MocoSFL-1",), "seeds": (1, 2)},)`.
+    # Further seeds for some cells, chosen as for `more_fields`:
+    # `({"num_clients": (10, 1000), "seeds": (1, 2)},)`.
     sweep.more_seeds = ()
     # Commands that follow each run, in their order: modules and their options, such as
     # `("mocosfl_jax.attack --name=N4C64",)`. Each is run as `python -m COMMAND --workdir RUN`.
     sweep.commands = ()
-    # Further commands for some cells, chosen as for `more_seeds`:
+    # Further commands for some cells, chosen as for `more_fields`:
     # `({"variant": ("MocoSFL-1",), "commands": ("mocosfl_jax.attack --name=N8C64",)},)`.
     sweep.more_commands = ()
     # Field whose values are the columns of the report and the x axis of its plot; or `metrics`: a
@@ -143,76 +139,29 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
     fixed = _set_fields(sweep.fixed)
     grid = _set_fields(sweep.grid)
     variants = _variants(sweep, known)
+    bases = {name: fields.pop("base", sweep.base) for name, fields in variants.items()}
+    for name, base in bases.items():
+        if base is None:
+            where = f"config.variants[{name!r}].base" if name else "config.base"
+            raise InputError(where, None, "the config file of the runs is needed")
     _check_places(fixed, grid, variants)
     _check_unset(sweep.unset, known, [("fixed", fixed), ("grid", grid), *variants.items()])
-    for name in ("seeds", "commands"):
+    for name in ("fields", "seeds", "commands"):
         _check_more(sweep, name, grid)
     ranked = []
     for variant, fields in variants.items():
         for cell in _cells(grid):
-            seeds, commands = (
-                _listed(sweep, name, {"variant": variant, **cell}) for name in ("seeds", "commands")
-            )
+            chosen = {"variant": variant, **cell}
+            seeds, commands = (_listed(sweep, name, chosen) for name in ("seeds", "commands"))
             _check_commands(commands)
+            more = _more_fields(sweep, chosen, {**fixed, **grid, **fields}, known)
             for rank, seed in enumerate(seeds):
-                overrides = {**dict.fromkeys(sweep.unset), **fixed, **fields, **cell, "seed": seed}
-                ranked.append((rank, Run(sweep.base, variant, cell, seed, overrides, commands)))
+                overrides = {**dict.fromkeys(sweep.unset), **fixed, **fields, **cell, **more}
+                run = Run(bases[variant], variant, cell, seed, overrides | {"seed": seed}, commands)
+                ranked.append((rank, run))
     if not ranked:
         raise InputError("config.seeds", sweep.seeds, "at least one seed is needed")
     return {run.name: run for _, run in sorted(ranked, key=lambda pair: pair[0])}
-
-
-def check(
-    runs: dict[str, Run],
-    finished: Collection[str] = (),
-    stored: Callable[[str], Config | None] = lambda name: None,
-) -> dict[str, Config]:
-    """The config of each run, unset fields left unset, after the checks that `main` makes before it
-    builds the method.
-
-    Args:
-      finished: names of runs whose data need not be there any more.
-      stored: the config of a run that has begun, by its name, else None.
-    Raises: InputError: names the field, its value, what is allowed, and the run.
-    """
-    prepared: dict[Any, Prepared] = {}
-
-    def prepare(config: Config) -> Prepared:
-        """The data set of a run, read once for all runs that share it."""
-        options = data_options(config)
-        key = (config.dataset, *options.values(), config.mix_dataset, config.mix_fraction)
-        if key not in prepared:
-            data = prepare_data(config)
-            prepared[key] = data._replace(train_labels=functools.cache(data.train_labels))
-        return prepared[key]
-
-    return {
-        name: _checked(run, None if name in finished else prepare, stored(name))
-        for name, run in runs.items()
-    }
-
-
-def _checked(
-    run: Run, prepare: Callable[[Config], Prepared] | None, stored: Config | None
-) -> Config:
-    try:
-        config = check_types(_load(run))
-        if prepare is not None:
-            check_fields(config)
-            resolved, _ = deal(config, prepare(config))
-            with_init_digest(resolved, stored)
-    except InputError as error:
-        error.args = (f"{error} (run {run.name})",)
-        raise
-    return config
-
-
-def _load(run: Run) -> ConfigDict:
-    """The run's config as `main` reads it from the command line."""
-    argv = ["main", *run.arguments]
-    values = define_flags(argv)
-    parse(values, argv, config_name="config.base")
-    return values.config
 
 
 # --------------------------------------------------------------------------------------- fields
@@ -247,10 +196,15 @@ def _variants(sweep: ConfigDict, known: Collection[str]) -> dict[str, Fields]:
             raise InputError(where, fields, "fields and their values are needed")
         variants[variant] = flat_fields(fields)
         for name, value in variants[variant].items():
-            if name not in known:
-                allowed = "seeds are in config.seeds" if name == "seed" else "no such field"
-                raise InputError(f"{where}.{name}", value, allowed)
+            if name != "base":
+                _check_known(f"{where}.{name}", name, value, known)
     return variants or {"": {}}
+
+
+def _check_known(where: str, name: str, value: Any, known: Collection[str]) -> None:
+    if name not in known:
+        allowed = "seeds are in config.seeds" if name == "seed" else "no such field"
+        raise InputError(where, value, allowed)
 
 
 def _cells(grid: Fields) -> Iterator[Fields]:
@@ -260,11 +214,31 @@ def _cells(grid: Fields) -> Iterator[Fields]:
 
 def _listed(sweep: ConfigDict, name: str, cell: Fields) -> tuple[Any, ...]:
     """The `seeds` or `commands` of a cell, whose variant is among its fields."""
-    found = list(sweep[name])
+    found = [*sweep[name], *itertools.chain.from_iterable(_extras(sweep, name, cell))]
+    return tuple(dict.fromkeys(found))
+
+
+def _more_fields(sweep: ConfigDict, cell: Fields, elsewhere: Fields, known: Any) -> Fields:
+    """Those of `more_fields` of a cell.
+
+    Args: elsewhere: fields that are set in another place. known: names of all fields.
+    Raises: InputError: a field that does not exist or is set twice.
+    """
+    found: Fields = {}
+    for fields in map(flat_fields, _extras(sweep, "fields", cell)):
+        for name, value in fields.items():
+            _check_known(f"config.more_fields.{name}", name, value, known)
+            if name in {**elsewhere, **found}:
+                raise InputError(f"config.more_fields.{name}", value, "set in another place too")
+        found |= fields
+    return found
+
+
+def _extras(sweep: ConfigDict, name: str, cell: Fields) -> Iterator[Any]:
+    """What `more_fields`, `more_seeds` or `more_commands` give to a cell."""
     for extra in sweep[f"more_{name}"]:
         if all(cell[field] in values for field, values in extra.items() if field != name):
-            found += extra[name]
-    return tuple(dict.fromkeys(found))
+            yield extra[name]
 
 
 def _text(value: Any) -> str:
@@ -298,8 +272,6 @@ def _check_values(sweep: ConfigDict) -> None:
     if sweep.methods is not None:
         allowed = "a sweep names its variants in config.variants"
         raise InputError("config.methods", sweep.methods, allowed)
-    if sweep.base is None:
-        raise InputError("config.base", None, "the config file of the runs is needed")
     for name in sweep:
         if sweep[name] is None and name not in ("base", "methods", "columns"):
             raise InputError(f"config.{name}", None, "a value is needed")
@@ -342,11 +314,15 @@ def _check_unset(
 
 
 def _check_more(sweep: ConfigDict, name: str, grid: Fields) -> None:
-    """`more_seeds` or `more_commands`. Args: name: `seeds` or `commands`."""
+    """`more_fields`, `more_seeds` or `more_commands`. Args: name: without `more_`."""
+    example_of = {"fields": {"cohort_size": 5}, "seeds": (1,), "commands": ("...",)}
     for extra in sweep[f"more_{name}"]:
-        lists = isinstance(extra, dict) and all(isinstance(v, tuple | list) for v in extra.values())
-        if not lists or name not in extra or extra.keys() - grid.keys() - {name, "variant"}:
-            example = {"num_clients": (10, 50), name: (1,) if name == "seeds" else ("...",)}
+        kinds = {name: dict if name == "fields" else tuple | list}
+        typed = isinstance(extra, dict) and all(
+            isinstance(value, kinds.get(field, tuple | list)) for field, value in extra.items()
+        )
+        if not typed or name not in extra or extra.keys() - grid.keys() - {name, "variant"}:
+            example = {"num_clients": (10, 50), name: example_of[name]}
             allowed = f"fields of config.grid, or variant, and {name}: {example}"
             raise InputError(f"config.more_{name}", extra, allowed)
 
