@@ -2,8 +2,7 @@
 
     python -m mocosfl_jax.main --config configs/comparison.py:FL-MoCo --workdir runs/fl_moco
 
-By name: MocoSFL-1, MocoSFL-3 aligned, FL-MoCo, FL-BYOL, `FL-BYOL, 5 local epochs`, FedEMA, FedAvg
-(with labels) and centralised MoCo. Each sees 100,000 images, 10,000 a round, of 20 clients with 2
+By name, as in `METHODS` below. Each sees 100,000 images, 10,000 a round, of 20 clients with 2
 classes each, 5 of them a round; 20 images a client and step. The last 5,000 training images are
 held out, to choose learning rates by them: what a run calls its test images are these.
 """
@@ -21,6 +20,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "MocoSFL-1": {"cut": 1, "queue_length": 2000},
     "MocoSFL-3 aligned": {"cut": 2, "align_momentum": True, "queue_length": 2000},
     "FL-MoCo": {"local": {"objective": "moco"}, "queue_length": 2000},
+    "FL-SimCLR": {"local": {"objective": "simclr"}},
+    "FL-SimSiam": {"local": {"objective": "simsiam"}, **NORMALISED},
     "FL-BYOL": {"local": {"objective": "byol"}, **NORMALISED},
     # A round is then 56,000 images.
     "FL-BYOL, 5 local epochs": {
@@ -30,8 +31,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "steps_per_round": None,
         "rounds": 2,
     },
+    "FedU": {"local": {"objective": "byol", "merge": "fedu"}, **NORMALISED},
     "FedEMA": {"local": {"objective": "byol", "merge": "fedema"}, **NORMALISED},
-    # The embedding holds one score a class.
+    # With labels; the embedding holds one score a class.
     "FedAvg": {"local": {"objective": "supervised"}, "head": "V1", "head_width": 10},
     # One client has all images, and both of its views pass through both encoders.
     "centralised MoCo": {
