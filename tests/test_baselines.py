@@ -30,9 +30,9 @@ FIELDS = {  # sizes differ, and a client may be absent in a round
     "dirichlet_alpha": 1.0,
     "holdout_fraction": 0.0,
     "cohort_size": 3,
-    "batch_size": 3,
+    "batch_size": 6,  # one client has 5 images
     "steps_per_round": 2,
-    "learning_rate": 0.002,  # larger ones blow up what rounding makes of such small batches
+    "learning_rate": 0.002,  # larger ones blow up what rounding makes
     "rounds": 3,
     "width": 4,
     "blocks_per_stage": (1,),
