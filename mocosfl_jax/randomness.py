@@ -31,6 +31,7 @@ class Stream(enum.IntEnum):
     MIXTURE_ORDER = 11  # a client's images of a second data set in a round
     ATTACK = 12  # auxiliary images, decoder and noise of an attack
     RELEASE = 13  # what defences draw in evaluation
+    SAVING = 14  # the order of stored steps in a round that sends nothing
 
 
 def host_rng(seed: int, stream: Stream, *ids: int) -> np.random.Generator:

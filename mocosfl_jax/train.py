@@ -29,6 +29,7 @@ from mocosfl_jax.run.checkpoint import (
 from mocosfl_jax.run.encoder_file import encoder_step, save_encoder, weights_digest
 from mocosfl_jax.run.evaluator import Evaluator
 from mocosfl_jax.run.feed import dispatches, most_draws, prefetch
+from mocosfl_jax.run.ledger import Ledger
 from mocosfl_jax.run.metrics import (
     Board,
     Line,
@@ -124,13 +125,15 @@ def train(
         cleanup.callback(checkpoints.close)
         metrics = open_metrics(workdir, config, begun.lines, step)
         startup.ready()
-        recorder = Recorder(metrics, clock, progress, program.method.chance)
+        method = program.method
+        ledger = Ledger(method, config.image_size, clock) if method.statuses else None
+        recorder = Recorder(metrics, clock, progress, method.chance, ledger)
         recorder.recall(begun.lines, step, config.steps_per_round)
         for open_file in (metrics, recorder, progress):
             cleanup.callback(open_file.close)
         cleanup.push(partial(tell_others, stop, workdir))  # before a save that waits for them
         evaluator = Evaluator(
-            config, placement, program.method.model, dataset, metrics, progress, stop.check
+            config, placement, method.model, dataset, metrics, progress, stop.check
         )
 
         def network() -> Variables:
@@ -159,29 +162,32 @@ def train(
 
             # -------------------------------------------------------------------------- the loop
             constants = run_constants(config, placement)
-            advance: dict[int, Callable] = {}  # compiled dispatches by number of steps
+            advance: dict[tuple[int, int], Callable] = {}  # compiled, by number of steps and status
+            status = rounds.status(state)
             progress.start(step)
             feed = dispatches(config, partition, sampler, rounds.slots, step, mixed)
-            to_device = partial(place_inputs, placement, dataset, program.method.labels)
+            to_device = partial(place_inputs, placement, dataset, method.labels)
             for dispatch, cohort_ids, inputs in prefetch(feed, to_device):
                 if dispatch.begins_round:
                     state = rounds.begin(state, cohort_ids)
+                    status = rounds.status(state)
                 steps = len(dispatch.sync)
-                if steps not in advance:
+                kind = (steps, status)
+                if kind not in advance:
                     recorder.drain()
                     stop.check()
-                    advance[steps], seconds = compile_dispatch(
-                        placement.dispatch(program, state), state, inputs, constants
-                    )
+                    jitted = placement.dispatch(program.in_status(status), state)
+                    advance[kind], seconds = compile_dispatch(jitted, state, inputs, constants)
                     clock.compile_seconds += seconds
                     progress.say(f"compiled in {seconds:.1f} s")
                     stop.check()
                     recorder.start_lap()
-                state, output = advance[steps](state, inputs, constants)
+                state, output = advance[kind](state, inputs, constants)
                 step = dispatch.step + steps
                 if dispatch.ends_round:
                     state = rounds.end(state)
-                recorder.push(dispatch, output)  # waits for the one before, while this one runs
+                # Waits for the one before, while this one runs.
+                recorder.push(dispatch, output, status)
                 stop.check()
                 recorder.check()
                 if not dispatch.ends_round:
@@ -213,9 +219,9 @@ def train(
         metrics.flush()
         clock.wall_seconds = wall_before + time.monotonic() - started
         encoder = weights_digest(workdir.encoder_path)
-        facts = find_recipe(config.method).facts(
-            config, partial(most_draws, config, dataset.info, partition)
-        )
+        most = partial(most_draws, config, dataset.info, partition)
+        facts = find_recipe(config.method).facts(config, most)
+        facts = facts.with_others(ledger.facts()) if ledger else facts
         summary = summarize(
             config, identity.digest, encoder, clock, results, dataset, placement, begun.gaps, facts
         )

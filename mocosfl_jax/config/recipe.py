@@ -45,6 +45,9 @@ class Facts(NamedTuple):
     values: Mapping[str, Any] = FrozenDict()
     notes: tuple[str, ...] = ()
 
+    def with_others(self, others: "Facts") -> "Facts":
+        return Facts({**self.values, **others.values}, (*self.notes, *others.notes))
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -61,8 +64,8 @@ class Recipe:
     rate_by_round: whether learning rates change between rounds only, and not within one.
     facts: what it says of a run. Its second argument counts how often the most often drawn image
       is drawn, which takes a while.
-    memory_hints: by part of the state (`population`, or `server.X` for the field X of the server's
-      state), the config field to blame where it does not fit the device, and what to do.
+    memory_hints: by part of the state (`population`, `cohort`, or `server.X` and `cohort.X` for the
+      field X of these), the config field to blame where it does not fit the device, and what to do.
     former: how checkpoints of version 0.1 held this method's state; None: they never did.
     """
 

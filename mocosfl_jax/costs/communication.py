@@ -1,6 +1,5 @@
 """Bytes that a client sends and receives in a run."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import jax
 
 from mocosfl_jax.config import Resolved
 from mocosfl_jax.federated.contract import Method
+from mocosfl_jax.run.plan import bytes_of
 
 KINDS = ("latents", "gradients", "weights")
 
@@ -25,7 +25,8 @@ class Participation:
 
     def times(self, when: str) -> float:
         """Args: when: `Message.when`."""
-        return {"step": self.steps, "sync": self.syncs, "once": 1.0}[when]
+        times = {"step": self.steps, "sync": self.syncs, "round": self.rounds, "once": 1.0}
+        return times[when]
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,3 @@ def messages_of(
 def total(messages: Iterable[Sent], kind: str, up: bool) -> float:
     """Bytes of one kind in one direction, in the run."""
     return sum(m.total for m in messages if (m.kind, m.up) == (kind, up))
-
-
-def bytes_of(tree: object) -> int:
-    """Args: tree: of shapes."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

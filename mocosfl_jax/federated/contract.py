@@ -13,9 +13,10 @@ them.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from mocosfl_jax.federated.axes import Axes
 from mocosfl_jax.models.split import SplitModel, Variables
@@ -76,7 +77,9 @@ class Metric(NamedTuple):
 Metrics = dict[str, Metric]
 """By name; the same names in every step, none of them in `RESERVED`."""
 
-RESERVED = frozenset({"step", "round", "learning_rate", "images_per_second"})
+RESERVED = frozenset(
+    {"step", "round", "learning_rate", "images_per_second", "status", "bytes_up", "bytes_down"}
+)
 """Names of what the loop itself logs of a step."""
 
 
@@ -93,8 +96,9 @@ class Message(NamedTuple):
     """What one client and the server exchange.
 
     name: for people. up: from the client to the server, else down. when: `step`, `sync` (each
-    average) or `once`, before a client's first round. content: pytree of `jax.ShapeDtypeStruct`,
-    its size on the wire. kind: `latents`, `gradients` (of latents) or `weights`.
+    average), `round` (its start) or `once`, before a client's first round. content: pytree of
+    `jax.ShapeDtypeStruct`, its size on the wire. kind: `latents`, `gradients` (of latents) or
+    `weights`.
     """
 
     name: str
@@ -102,6 +106,13 @@ class Message(NamedTuple):
     when: str
     content: Tree
     kind: str = "weights"
+
+
+class Status(NamedTuple):
+    """One of several ways in which a round can be run. words: for people, beside its name."""
+
+    name: str
+    words: str
 
 
 class Work(NamedTuple):
@@ -135,6 +146,7 @@ class Method(Protocol):
       cohort to a multiple of devices x chunks.
     chance: the metric `loss` of a network that gives all images the same embedding; None: the loss
       has no such value. The loop stops a run that stays there for a round.
+    statuses: the ways in which a round can be run, the usual one first; empty if there is one only.
     """
 
     @property
@@ -149,6 +161,8 @@ class Method(Protocol):
     def chunks(self) -> int: ...
     @property
     def chance(self) -> float | None: ...
+    @property
+    def statuses(self) -> tuple[Status, ...]: ...
 
     def init(self, params_key: jax.Array, state_key: jax.Array) -> Tree:
         """The server before the first step. state_key: for what is random but no parameter."""
@@ -161,6 +175,19 @@ class Method(Protocol):
 
     def join(self, server: Tree, own: Tree) -> Tree:
         """One participant at the start of a round, from what it kept and what the server sends."""
+
+    def carry(self, before: Tree | None, cohort: Tree) -> Tree:
+        """A round's new cohort, with what its slots keep of the cohort before, if anything.
+
+        Args: before: as the last round ended, its slots in the same places; None: there was none.
+        """
+
+    def status_of(self, server: Tree) -> jax.Array:
+        """Index of a round's status, () int32, from the server at its start or within it."""
+
+    def in_status(self, status: int) -> "Method":
+        """The method whose `step` and `traffic` are those of a round with this status; all else,
+        and the form of the state, is the same."""
 
     def step(self, server: Tree, cohort: Tree, batch: Batch, messages: bool = False) -> StepResult:
         """One step of the whole cohort, on the slots of this device.
@@ -206,3 +233,19 @@ class Method(Protocol):
 
         Args: images: as above. slots: that are computed at once.
         """
+
+
+class AlikeRounds:
+    """The part of a `Method` that follows where all rounds are run the same way."""
+
+    statuses: ClassVar[tuple[Status, ...]] = ()
+
+    def carry(self, before: Tree | None, cohort: Tree) -> Tree:
+        """Slots keep nothing."""
+        return cohort
+
+    def status_of(self, server: Tree) -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    def in_status(self, status: int) -> Any:
+        return self

@@ -1,5 +1,6 @@
 """Several steps in one compiled program: augmentation and steps inside a scan."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,6 +66,12 @@ class Program:
     learning_rate: float
     schedule: optax.Schedule
     total_steps: int
+
+    def in_status(self, status: int) -> "Program":
+        """That of a round with this status, an index of `Method.statuses`."""
+        if not self.method.statuses:
+            return self
+        return dataclasses.replace(self, method=self.method.in_status(status))
 
 
 def run_dispatch(

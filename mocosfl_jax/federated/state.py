@@ -98,7 +98,7 @@ def begin_round(
     """
     join = jax.vmap(method.join, in_axes=(None, 0), axis_size=ids_C.shape[0])
     cohort = join(state.server, take(state.population, ids_C))
-    return state.replace(cohort_ids=ids_C, cohort=cohort)
+    return state.replace(cohort_ids=ids_C, cohort=method.carry(state.cohort, cohort))
 
 
 def end_round(method: Method, state: TrainState, put: Callable[..., Tree] = scatter) -> TrainState:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.federated.contract import (
+    AlikeRounds,
     Batch,
     ClientWork,
     Message,
@@ -20,7 +21,7 @@ from mocosfl_jax.models.split import SplitModel, Variables
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeNetwork:
+class WholeNetwork(AlikeRounds):
     """The part of a `Method` that follows when clients train the whole network and average it.
 
     The server holds the network of the last sync, as `Variables`, and nothing else. `own`, `join`,

@@ -41,6 +41,9 @@ class Clock:
     the steps behind train_seconds, padding excluded. knn_top1_at_init: percent, of the first
     encoder. monitored_step: step of the last kNN monitor. counts_padding: whether trained_images
     does, as in version 0.1.0, which did not store this field.
+    Where rounds differ in what is sent (`Ledger`): bytes_up, bytes_down: that clients have sent and
+    received. bytes_up_unsaved, bytes_down_unsaved: the same if all rounds were of the first status.
+    rounds_by_status: that have ended, by the status's name.
     """
 
     wall_seconds: float = 0.0
@@ -50,6 +53,11 @@ class Clock:
     knn_top1_at_init: float | None = None
     monitored_step: int = 0
     counts_padding: bool = False
+    bytes_up: int = 0
+    bytes_down: int = 0
+    bytes_up_unsaved: int = 0
+    bytes_down_unsaved: int = 0
+    rounds_by_status: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Clock":

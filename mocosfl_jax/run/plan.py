@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mocosfl_jax.config import Resolved
 from mocosfl_jax.config.network import model_of
 from mocosfl_jax.config.recipe import find_recipe
+from mocosfl_jax.config.stored import flat_fields, to_json
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.knn import CHUNK
@@ -112,10 +113,11 @@ def plan(config: Resolved) -> Plan:
     state = _state_shapes(config, method)
     network = jax.eval_shape(lambda: method.network(state.server, None))
     traffic = method.traffic(_images(config))
-    a_round = {"step": config.steps_per_round, "sync": sum(config.sync_steps), "once": 0}
+    syncs = sum(config.sync_steps)
+    a_round = {"step": config.steps_per_round, "sync": syncs, "round": 1, "once": 0}
 
     def sent(up: bool, times: dict[str, int]) -> int:
-        return sum(times[m.when] * _bytes(m.content) for m in traffic if m.up == up)
+        return sum(times[m.when] * bytes_of(m.content) for m in traffic if m.up == up)
 
     slots = -(-config.cohort_size // method.chunks)
     return Plan(
@@ -123,9 +125,9 @@ def plan(config: Resolved) -> Plan:
         server_params=_count(network.server),
         bytes_up_per_client_round=sent(True, a_round),
         bytes_down_per_client_round=sent(False, a_round),
-        bytes_down_per_client_once=sent(False, {"step": 0, "sync": 0, "once": 1}),
-        state_bytes=_bytes(state),
-        step_bytes=_bytes(method.working_set(_images(config), slots)),
+        bytes_down_per_client_once=sent(False, {**dict.fromkeys(a_round, 0), "once": 1}),
+        state_bytes=bytes_of(state),
+        step_bytes=bytes_of(method.working_set(_images(config), slots)),
     )
 
 
@@ -150,7 +152,7 @@ def estimate_memory(config: Resolved, info: DatasetInfo, sizes: Plan) -> Memory:
         state=sizes.state_bytes,
         saved_copy=sizes.state_bytes,
         inputs=2 * rows_a_dispatch * pixels,
-        step=sizes.step_bytes + 2 * config.cohort_size * _bytes(_images(config)),
+        step=sizes.step_bytes + 2 * config.cohort_size * bytes_of(_images(config)),
         encoded=encoded,
         evaluation=evaluation,
     )
@@ -164,15 +166,19 @@ def check_fits(config: Resolved, state_bytes: dict[str, int], memory_bytes: int)
     needed = 2 * sum(state_bytes.values())
     if needed <= memory_bytes:
         return
-    part = max(state_bytes, key=lambda name: state_bytes[name])
     hints = {**_HINTS, **find_recipe(config.method).memory_hints}
-    field, hint = hints.get(part) or hints[part.partition(".")[0]]
-    name = part.rpartition(".")[2]
+    sizes: dict[str, int] = {}  # of what has a hint of its own, and of all else together
+    for part, size in state_bytes.items():
+        known = part if part in hints else part.partition(".")[0]
+        sizes[known] = sizes.get(known, 0) + size
+    part = max(sizes, key=lambda part: sizes[part])
+    field, hint = hints[part]
+    name = part.rpartition(".")[2].replace("_", " ")
     raise InputError(
         f"config.{field}",
-        getattr(config, field),
+        flat_fields(to_json(config))[field],
         f"the state and its copy at a save take {needed / 1e9:.1f} GB, the {name} alone"
-        f" {2 * state_bytes[part] / 1e9:.1f} GB, and a device has {memory_bytes / 1e9:.1f} GB:"
+        f" {2 * sizes[part] / 1e9:.1f} GB, and a device has {memory_bytes / 1e9:.1f} GB:"
         f" {hint}",
     )
 
@@ -226,7 +232,7 @@ def _evaluation_bytes(
         # the standardised kernels.
         "encode": 2 * config.eval_batch_size * 3 * info.image_size**2
         + 4 * config.eval_batch_size * _largest_map(model, variables, config)
-        + _bytes(variables),
+        + bytes_of(variables),
         "knn": bank + max(bank, similarities),  # the bank, scaled from a copy
         "raw_pixels": 4 * block + BLOCK**2 * _FLOAT,  # queries and bank, and both scaled
         "probe": total * features if config.probe_epochs else 0,
@@ -244,7 +250,7 @@ def _largest_map(model: SplitModel, variables: Variables, config: Resolved) -> i
     latents, client = outputs(model.client, variables.client, _images(config))
     _, server = outputs(model.server, variables.server, latents)
     layers = jax.tree.leaves((client, server))
-    return max(_bytes(layer) for layer in layers) // config.images_a_step
+    return max(bytes_of(layer) for layer in layers) // config.images_a_step
 
 
 def _convolutions(variables: Variables) -> int:
@@ -252,7 +258,8 @@ def _convolutions(variables: Variables) -> int:
     return sum(x.ndim == 4 for x in jax.tree.leaves((variables.client, variables.server)))
 
 
-def _bytes(tree: Any) -> int:
+def bytes_of(tree: Any) -> int:
+    """Args: tree: of arrays or their shapes."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 

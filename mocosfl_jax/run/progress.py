@@ -8,12 +8,16 @@ from tqdm import tqdm
 from mocosfl_jax.config import Resolved
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo
 from mocosfl_jax.data.partition import ClientImages, describe
+from mocosfl_jax.federated.contract import Status
 
 SECONDS_BETWEEN_LINES = 20.0
 
 
 class Progress:
-    """A bar with images/s and time left on a terminal, else a line now and then; on stdout."""
+    """A bar with images/s and time left on a terminal, else a line now and then; on stdout.
+
+    status: of the round at hand; None: all rounds are alike.
+    """
 
     def __init__(self, config: Resolved, speaks: bool):
         """speaks: whether this process is the one that prints."""
@@ -24,6 +28,7 @@ class Progress:
         self._step = 0
         self._first: tuple[int, float] | None = None  # step and time at the first dispatch's end
         self._last_line = time.monotonic()
+        self.status: Status | None = None
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
@@ -42,6 +47,8 @@ class Progress:
         self._step += steps
         now = time.monotonic()
         numbers = f"{images_per_second:.0f} images/s"
+        if self.status is not None:
+            numbers = f"status {self.status.name} ({self.status.words}), {numbers}"
         if loss is not None:
             numbers = f"loss {loss:.3f}, {numbers}"
         if self._bar is not None:

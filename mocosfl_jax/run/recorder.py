@@ -12,6 +12,7 @@ from mocosfl_jax.federated.contract import Metric
 from mocosfl_jax.federated.dispatch import DispatchOutput
 from mocosfl_jax.run.checkpoint import Clock
 from mocosfl_jax.run.feed import Dispatch
+from mocosfl_jax.run.ledger import Ledger
 from mocosfl_jax.run.metrics import Line, Metrics
 from mocosfl_jax.run.progress import Progress
 
@@ -29,10 +30,12 @@ AT_CHANCE = 1e-3
 
 
 class _Pending(NamedTuple):
-    """A dispatch that may still run. ready: when all of its outputs were there, monotonic."""
+    """A dispatch that may still run. status: of its round, an index. ready: when all of its outputs
+    were there, monotonic."""
 
     dispatch: Dispatch
     output: DispatchOutput
+    status: int
     ready: Future[float]
 
 
@@ -44,9 +47,15 @@ class Recorder:
     """
 
     def __init__(
-        self, metrics: Metrics, clock: Clock, progress: Progress, chance: float | None = None
+        self,
+        metrics: Metrics,
+        clock: Clock,
+        progress: Progress,
+        chance: float | None = None,
+        ledger: Ledger | None = None,
     ):
-        """Args: chance: `Method.chance`."""
+        """Args: chance: `Method.chance`. ledger: of a method with statuses."""
+        self._ledger = ledger
         self._metrics, self._clock, self._progress = metrics, clock, progress
         self._chance, self._at_chance, self._collapsed = chance, False, ""
         self._watch = ThreadPoolExecutor(max_workers=1)
@@ -57,14 +66,15 @@ class Recorder:
         """Leaves out of the training time what was done since the last dispatch."""
         self._lap = time.monotonic()
 
-    def push(self, dispatch: Dispatch, output: DispatchOutput) -> None:
+    def push(self, dispatch: Dispatch, output: DispatchOutput, status: int = 0) -> None:
         """Takes note of a running dispatch and settles the one before.
 
+        Args: status: of its round, an index.
         Raises: NonFiniteError; StorageError.
         """
         ready = self._watch.submit(_when_ready, output)
         self.drain()
-        self._pending = _Pending(dispatch, output, ready)
+        self._pending = _Pending(dispatch, output, status, ready)
 
     def drain(self) -> None:
         """Waits for the pending dispatch, checks it and logs its steps.
@@ -73,7 +83,7 @@ class Recorder:
         """
         if self._pending is None:
             return
-        (dispatch, output, ready), self._pending = self._pending, None
+        (dispatch, output, status, ready), self._pending = self._pending, None
         self._lap, started = ready.result(), self._lap
         seconds = self._lap - started
         metrics = {name: _divided(metric) for name, metric in output.metrics.items()}
@@ -85,6 +95,7 @@ class Recorder:
         images = int(dispatch.mask.sum())
         self._clock.train_seconds += seconds
         self._clock.trained_images += images
+        sent = self._ledger.add(dispatch, status) if self._ledger else [{}] * len(rates)
         for index, rate in enumerate(rates):
             self._metrics.add(
                 dispatch.step + index + 1,
@@ -92,6 +103,7 @@ class Recorder:
                 **{name: values[index] for name, values in metrics.items() if index in values},
                 learning_rate=float(rate),
                 images_per_second=images / seconds,
+                **sent[index],
             )
         losses = metrics.get("loss", {})
         self._note_losses(
@@ -100,6 +112,8 @@ class Recorder:
             dispatch.begins_round,
             dispatch.ends_round,
         )
+        if self._ledger:
+            self._progress.status = self._ledger.statuses[status]
         self._progress.advance(len(rates), losses.get(len(rates) - 1), images / seconds)
 
     def check(self) -> None:

@@ -135,24 +135,27 @@ class Rounds:
             return self._method.network(state.server, None)
         return self._network_in_round(state.server, state.cohort)
 
+    def status(self, state: TrainState) -> int:
+        """Index of the status of the round at hand; with several, it waits for the state."""
+        return int(self._method.status_of(state.server)) if self._method.statuses else 0
+
     def _mean_network(self, server: Tree, cohort: Tree) -> Variables:
         participants = slice(self._config.cohort_size)
         return self._method.network(server, jax.tree.map(lambda x: x[participants], cohort))
 
     def bytes_a_device(self) -> dict[str, int]:
-        """Memory of the parts of the state on one device, by their names: `population`, `cohort`,
-        and those of the server's state: `server.queue`."""
+        """Memory of the parts of the state on one device, by their names: `population`, and those
+        of the server's state and of the cohort's: `server.queue`, `cohort.client`."""
 
         def size(x: Any, sharding: Any) -> int:
             return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
         sizes = jax.tree.map(size, self._shapes, self._shardings)
-        total: dict[str, int] = {"population": 0, "cohort": 0}
-        for path, leaf in jax.tree.leaves_with_path((sizes.population, sizes.cohort)):
-            total[("population", "cohort")[path[0].idx]] += leaf
-        for path, leaf in jax.tree.leaves_with_path(sizes.server):
-            part = jax.tree_util.keystr(path[:1], simple=True)
-            total[f"server.{part}"] = total.get(f"server.{part}", 0) + leaf
+        total = {"population": sum(jax.tree.leaves(sizes.population))}
+        for name in ("server", "cohort"):
+            for path, leaf in jax.tree.leaves_with_path(getattr(sizes, name)):
+                part = f"{name}.{jax.tree_util.keystr(path[:1], simple=True)}"
+                total[part] = total.get(part, 0) + leaf
         return total
 
     # ----------------------------------------------------------------------------------- padding

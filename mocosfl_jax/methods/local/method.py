@@ -12,6 +12,7 @@ from mocosfl_jax.federated.average import average
 from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.federated.chunks import over_chunks
 from mocosfl_jax.federated.contract import (
+    AlikeRounds,
     Batch,
     ClientWork,
     Message,
@@ -35,7 +36,7 @@ from mocosfl_jax.models.split import Params, SplitModel, Variables
 
 
 @dataclass(frozen=True)
-class LocalTraining:
+class LocalTraining(AlikeRounds):
     """The method, a `federated.contract.Method`; fixed for a run and hashable.
 
     A round ends with its only sync. Optimizer state starts each round at zero.

@@ -8,12 +8,14 @@ from mocosfl_jax.config.fields import Resolved
 from mocosfl_jax.config.measure import Measure
 from mocosfl_jax.config.network import model_of, network_of
 from mocosfl_jax.config.resolve import largest_divisor
+from mocosfl_jax.config.saving import Saving as SavingFields
 from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.learning.losses import LOSSES
 from mocosfl_jax.learning.sgd import sgd
 from mocosfl_jax.methods.mocosfl.client import ClientSide
 from mocosfl_jax.methods.mocosfl.defences import extra_gradient_of
 from mocosfl_jax.methods.mocosfl.method import MocoSFL
+from mocosfl_jax.methods.mocosfl.saving import Saving
 from mocosfl_jax.methods.mocosfl.server import ServerSide
 from mocosfl_jax.models.backbones import latent_shape
 from mocosfl_jax.models.heads import HEADS
@@ -55,8 +57,24 @@ def build(config: Resolved, axes: Axes = NO_MESH, devices: int = 1) -> MocoSFL:
         align=config.align_momentum,
         persistent=config.client_state == "persistent",
         measures_divergence=measure.divergence,
+        saving=_saving(config),
         chunks=config.cohort_chunks or _chunks(config, devices),
         axes=axes,
+    )
+
+
+def _saving(config: Resolved) -> Saving | None:
+    fields = config.section_or_default(SavingFields)
+    if not fields.threshold:
+        return None
+    trained, sampled = config.client_learning_rate != 0, config.cohort_size < config.num_clients
+    return Saving(
+        threshold=fields.threshold,
+        warmup=fields.warmup_rounds,
+        steps=config.steps_per_round,
+        images=(config.images_a_step, config.image_size, config.image_size, 3),
+        seed=config.seed,
+        hands_out=trained and sampled,
     )
 
 

@@ -5,7 +5,7 @@ server's rows. docs/method.md numbers the steps and lists where the public code 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -20,19 +20,22 @@ from mocosfl_jax.federated.contract import (
     ClientWork,
     Message,
     Metric,
+    Status,
     StepResult,
     Tree,
 )
 from mocosfl_jax.learning.divergence import divergence
 from mocosfl_jax.learning.queue import Queue, init_queue
 from mocosfl_jax.methods.mocosfl import client as client_side
+from mocosfl_jax.methods.mocosfl import saving as saving_rule
 from mocosfl_jax.methods.mocosfl import server as server_side
 from mocosfl_jax.methods.mocosfl import sizes
-from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Totals
+from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Pending, Totals
 from mocosfl_jax.methods.mocosfl.measures import divergence_metric, similarity_metrics
 from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents, Params
+from mocosfl_jax.methods.mocosfl.saving import FULL, LATENTS_ONLY, SILENT, STATUSES, Saving
 from mocosfl_jax.methods.mocosfl.server import Learned, ServerSide, ServerState
-from mocosfl_jax.methods.mocosfl.state import Kept, Mixed, MocoState, Participant
+from mocosfl_jax.methods.mocosfl.state import Kept, Mixed, MocoState, Participant, latest
 from mocosfl_jax.models.split import SplitModel, Variables
 
 
@@ -78,6 +81,7 @@ class MocoSFL:
     queue_rows: of the shared queue, or of each private one. private_queues: no feature sharing.
     align: a sync averages key encoders too (MonAcoSFL). persistent: clients keep their state.
     measures_divergence: whether that of the clients at a sync is measured.
+    saving: of loss-based saving; None: all rounds are full. status: of the round at hand.
     chunks, axes: see `Method`.
     Raises: ValueError: chunks with a BatchNorm head; stateless clients that would lose something.
     """
@@ -92,6 +96,8 @@ class MocoSFL:
     align: bool = False
     persistent: bool = True
     measures_divergence: bool = False
+    saving: Saving | None = None
+    status: int = FULL
     chunks: int = 1
     axes: Axes = NO_MESH
 
@@ -121,6 +127,7 @@ class MocoSFL:
             client=ClientModel(client, client if self.align else None),
             queue=None if self.private_queues else self._new_queue(state_key),
             syncs=jnp.zeros((), jnp.int32) if self.client.tau else None,
+            saving=saving_rule.first_state() if self.saving else None,
         )
 
     def start(self, server: MocoState, variables: Variables) -> MocoState:
@@ -148,7 +155,7 @@ class MocoSFL:
         scale = synced = None
         if mixed is not None:
             scale, synced = mixed.scale, mixed.synced
-            start = _latest(server, mixed)
+            start = latest(server, mixed)
         key_params = start.key_params if self.align else own.key_params
         client = ClientState(start.params, key_params, opt_state, own.extra, scale)
         return Participant(client, own.queue, synced)
@@ -164,6 +171,30 @@ class MocoSFL:
                 client_side.upload(client, self.align), client.scale, participant.synced
             ),
         )
+
+    def carry(self, before: Participant | None, cohort: Participant) -> Participant:
+        """The latents that are stored of each slot stay, whoever has it now."""
+        if self.saving is None:
+            return cohort
+        if before is not None:
+            return cohort.replace(stored_latents=before.stored_latents)
+        shapes = sizes.stored_latents(self, slots=len(jax.tree.leaves(cohort)[0]))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return cohort.replace(stored_latents=nothing)
+
+    @property
+    def statuses(self) -> tuple[Status, ...]:
+        return STATUSES if self.saving else ()
+
+    def status_of(self, server: MocoState) -> jax.Array:
+        return jnp.zeros((), jnp.int32) if server.saving is None else server.saving.status
+
+    def in_status(self, status: int) -> "MocoSFL":
+        """In B and C client models stay as frozen ones do, and nothing is averaged."""
+        if status == FULL:
+            return self
+        side = replace(self.client, frozen=True, extra_gradient=None, tau=0.0)
+        return replace(self, status=status, client=side, measures_divergence=False)
 
     def _mixed(self, model: ClientModel, scale: Any, synced: Any) -> Mixed | None:
         return Mixed(model, scale, synced) if self.client.tau else None
@@ -183,7 +214,14 @@ class MocoSFL:
     def step(
         self, server: MocoState, cohort: Participant, batch: Batch, messages: bool = False
     ) -> StepResult:
-        axes = self.axes
+        axes, saving = self.axes, server.saving
+        stored, cohort = cohort.stored_latents, cohort.replace(stored_latents=None)
+        replayed = None
+        if self.status == SILENT:
+            assert self.saving and saving and stored, "they exist where rounds have a status"
+            batch, replayed = saving_rule.replay(
+                self.saving, saving, stored, batch, self.server.loss.rows
+            )
         rows = batch.mask.astype(jnp.float32).sum() * self.server.loss.rows
         count = axes.sum(rows)
         key_params = server_side.move_key_encoder(self.server, server.server)
@@ -193,12 +231,14 @@ class MocoSFL:
         )
 
         # 1. to 3., and the clients' part of 5.: all that belongs to rows.
-        def of_slots(cohort: Participant, views: Any, mask: Any, keys: Any) -> tuple[_Sums, _Rows]:
+        def of_slots(
+            cohort: Participant, views: Any, mask: Any, keys: Any, replayed: Any
+        ) -> tuple[_Sums, _Rows]:
             slots = batch._replace(views=views, mask=mask, keys=keys)
-            return self._of_slots(complete, server.queue, count, cohort, slots)
+            return self._of_slots(complete, server.queue, count, cohort, slots, replayed)
 
         sums, own = over_chunks(
-            of_slots, self.chunks, axes, cohort, batch.views, batch.mask, batch.keys
+            of_slots, self.chunks, axes, cohort, batch.views, batch.mask, batch.keys, replayed
         )
 
         # 4. The keys go to the queue.
@@ -211,7 +251,10 @@ class MocoSFL:
 
         # 6. Sync. Frozen clients stay alike without one.
         if self.client.frozen:
-            after = self._unsynced(own.clients, server.client)
+            common = server.client
+            if self.status == LATENTS_ONLY:
+                common = saving_rule.moved(common, self.client.ema)
+            after = self._unsynced(own.clients, common)
         else:
             after = jax.lax.cond(
                 batch.sync,
@@ -221,7 +264,7 @@ class MocoSFL:
                 server.client,
             )
         syncs, synced = server.syncs, cohort.synced
-        if syncs is not None and synced is not None:
+        if syncs is not None and synced is not None and not self.client.frozen:
             syncs = syncs + batch.sync.astype(jnp.int32)
             synced = jnp.where(batch.sync, syncs, synced)
         # loss: mean over rows, views added, before the update. accuracy: percent of rows whose
@@ -237,9 +280,14 @@ class MocoSFL:
             metrics |= similarity_metrics(self.server, own.learned.queries, met, batch)
         if after.divergence is not None:
             metrics |= divergence_metric(after.divergence, batch)
+        if self.saving and saving and stored:
+            if self.status != SILENT:
+                stored = saving_rule.store(stored, saving.step, own.latents, batch.mask)
+            loss = axes.sum(sums.loss) / count
+            saving = saving_rule.after_step(self.saving, saving, loss)
         return StepResult(
-            MocoState(models, after.common, queue, syncs),
-            Participant(after.clients, queues, synced),
+            MocoState(models, after.common, queue, syncs, saving),
+            Participant(after.clients, queues, synced, stored),
             metrics,
             Messages(own.latents, _by_client(own.learned, own.latents)) if messages else None,
         )
@@ -251,16 +299,21 @@ class MocoSFL:
         count: jax.Array,
         cohort: Participant,
         batch: Batch,
+        replayed: Latents | None,
     ) -> tuple[_Sums, _Rows]:
         """Forward and backward pass of some slots, and the updates of their clients.
 
         Args: models: complete, the key encoder moved. count: rows that count in the step.
+          replayed: latents in place of those that clients send; None: they send theirs.
         """
-        query, key = batch.views
         keys = batch.keys if self.client.needs_key else None
-        clients, latents, pending = jax.vmap(partial(client_side.forward, self.client))(
-            cohort.client, query, key, batch.mask, keys
-        )
+        if replayed is not None:
+            clients, latents, pending = cohort.client, replayed, Pending(None, None)
+        else:
+            query, key = batch.views
+            clients, latents, pending = jax.vmap(partial(client_side.forward, self.client))(
+                cohort.client, query, key, batch.mask, keys
+            )
         queues = _negatives(shared_queue, cohort.queue)
         learned = server_side.learn(self.server, models, server_side.join(latents), queues, count)
         rate = self.client_learning_rate * batch.rate_factor
@@ -315,7 +368,7 @@ class MocoSFL:
     def sharded(self, server: MocoState) -> Tree:
         models = ServerState(True, True, True, stats=False, key_stats=False)
         once = cast(Any, False)
-        return MocoState(models, client=once, queue=once, syncs=once)
+        return MocoState(models, client=once, queue=once, syncs=once, saving=once)
 
     def traffic(self, images: jax.ShapeDtypeStruct) -> tuple[Message, ...]:
         """Masks, one bit a row, are not counted."""
@@ -326,21 +379,10 @@ class MocoSFL:
         return client_side.latents(self.client, participant.client.params, images, key)
 
     def client_work(self, images: jax.ShapeDtypeStruct) -> ClientWork:
-        def participant(key: jax.Array) -> ClientState:
-            server = self.init(key, key)
-            return self.join(server, self.own(server, key)).client
-
-        state = jax.eval_shape(participant, jax.random.key(0))
-        return sizes.client_work(self.client, state, images)
+        return sizes.client_work(self, images)
 
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
         return sizes.working_set(self, images, slots)
-
-
-def _latest(server: MocoState, own: Mixed) -> ClientModel:
-    """A client's own model if it took part in the last sync, else the average."""
-    took_part = own.synced == server.syncs
-    return jax.tree.map(lambda x, mean: jnp.where(took_part, x, mean), own.model, server.client)
 
 
 def _negatives(shared: Queue | None, private: Queue | None) -> jax.Array:

@@ -1,17 +1,24 @@
 """What MocoSFL tells the config: the fields that it reads, their rules and checks."""
 
+import math
+from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from mocosfl_jax.config.averaging import Averaging
 from mocosfl_jax.config.defences import DEFENCES
 from mocosfl_jax.config.fields import Config, Resolved
 from mocosfl_jax.config.measure import MOST_AGES, Measure
-from mocosfl_jax.config.recipe import FormerLayout, Recipe
+from mocosfl_jax.config.recipe import Facts, FormerLayout, Recipe
+from mocosfl_jax.config.saving import Saving
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.methods.mocosfl.build import build, keys_per_step, queue_rows, queue_steps
-from mocosfl_jax.methods.mocosfl.defences import check_defences, check_holdings, facts
+from mocosfl_jax.methods.mocosfl.defences import check_defences, check_holdings
+from mocosfl_jax.methods.mocosfl.defences import facts as facts_of_defences
 from mocosfl_jax.methods.mocosfl.former import from_former, to_former
+from mocosfl_jax.methods.mocosfl.sizes import stored_latents
 from mocosfl_jax.models.heads import HEADS
 
 
@@ -39,6 +46,7 @@ def _check(config: Resolved, info: DatasetInfo) -> None:
     _check_chunks(config)
     _check_averaging(config)
     _check_measure(config)
+    _check_saving(config)
     check_defences(config)
 
 
@@ -96,6 +104,37 @@ def _check_measure(config: Resolved) -> None:
         raise InputError("config.measure.hardness", True, allowed)
 
 
+def _check_saving(config: Resolved) -> None:
+    saving = config.section_or_default(Saving)
+    if not saving.threshold:
+        return
+    first = max(saving.warmup_rounds, 1) + 2
+    if first > config.rounds:
+        allowed = f"the first round that can save is round {first}, and there are {config.rounds}"
+        field, value = "config.saving.warmup_rounds", saving.warmup_rounds
+        raise InputError(field, value, f"{allowed}: fewer, or more config.rounds")
+    if not config.feature_sharing and config.cohort_size < config.num_clients:
+        allowed = (
+            "a round in C would meet the queues of other clients than those whose latents are"
+            " stored: set config.feature_sharing, or all clients take part in each round"
+        )
+        raise InputError("config.saving.threshold", saving.threshold, allowed)
+
+
+def _facts(config: Resolved, most_draws: Callable[[], int]) -> Facts:
+    return facts_of_defences(config, most_draws).with_others(_facts_of_saving(config))
+
+
+def _facts_of_saving(config: Resolved) -> Facts:
+    saving = config.section_or_default(Saving)
+    if not saving.threshold:
+        return Facts()
+    stored = stored_latents(build(config), config.cohort_size)
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(stored))
+    note = f"latents of a round that are stored on the device: {size / 1e6:,.1f} MB"
+    return Facts({"stored_latents_bytes": size}, (note,))
+
+
 MOCOSFL = Recipe(
     reads=frozenset(
         {
@@ -117,11 +156,15 @@ MOCOSFL = Recipe(
     rules=_rules,
     check=_check,
     check_holdings=check_holdings,
-    sections={**DEFENCES, "averaging": Averaging, "measure": Measure},
-    facts=facts,
+    sections={**DEFENCES, "averaging": Averaging, "measure": Measure, "saving": Saving},
+    facts=_facts,
     memory_hints={
         "population": ("client_state", "stateless clients (with align_momentum) keep nothing"),
         "server.queue": ("queue_length", "a shorter queue"),
+        "cohort.stored_latents": (
+            "saving.threshold",
+            "config.bottleneck to narrow them, fewer config.steps_per_round, or 0 to store none",
+        ),
     },
     former=FormerLayout(to_former, from_former),
 )

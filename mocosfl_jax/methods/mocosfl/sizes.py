@@ -1,6 +1,6 @@
 """What MocoSFL sends, holds within a step and has a client compute: shapes, for counting."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,21 @@ from mocosfl_jax.methods.mocosfl import client as client_side
 from mocosfl_jax.methods.mocosfl import server as server_side
 from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Pending
 from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents, Params
+from mocosfl_jax.methods.mocosfl.saving import LATENTS_ONLY, SILENT, StoredLatents
 from mocosfl_jax.models.split import Variables
 
 if TYPE_CHECKING:
     from mocosfl_jax.methods.mocosfl.method import MocoSFL
 
 
-def client_work(side: ClientSide, state: ClientState, images: jax.ShapeDtypeStruct) -> ClientWork:
-    """A client's work.
+def client_work(method: "MocoSFL", images: jax.ShapeDtypeStruct) -> ClientWork:
+    """A client's work. images: of a step, (B, S, S, 3)."""
 
-    Args: state: shapes of a participant's state. images: of a step, (B, S, S, 3).
-    """
+    def participant(key: jax.Array) -> ClientState:
+        server = method.init(key, key)
+        return method.join(server, method.own(server, key)).client
+
+    side, state = method.client, jax.eval_shape(participant, jax.random.key(0))
     rng = jax.eval_shape(lambda: jax.random.key(0)) if side.needs_key else None
     train = _frozen(side, state, images, rng) if side.frozen else _trained(side, state, images, rng)
 
@@ -72,14 +76,19 @@ def _frozen(side: ClientSide, state: ClientState, images: jax.ShapeDtypeStruct, 
 
 def traffic(method: "MocoSFL", images: jax.ShapeDtypeStruct) -> tuple[Message, ...]:
     """Masks, one bit a row, are not counted."""
+    if method.status == SILENT:
+        return ()
     state, latents, _ = _one_client(method, images)
     sent = (
         Message("query latents", True, "step", _on_wire(method, latents.query), "latents"),
         Message("key latents", True, "step", _on_wire(method, latents.key), "latents"),
     )
+    weights = client_side.upload(state, method.align)
+    if method.status == LATENTS_ONLY:
+        handed = method.saving is not None and method.saving.hands_out
+        return *sent, *[Message("client model", False, "round", weights)] * handed
     if method.client.frozen:  # the key encoder is the same model
         return *sent, Message("client model", False, "once", ClientModel(state.params, None))
-    weights = client_side.upload(state, method.align)
     return (
         *sent,
         Message("gradient of query latents", False, "step", latents.query, "gradients"),
@@ -91,6 +100,19 @@ def traffic(method: "MocoSFL", images: jax.ShapeDtypeStruct) -> tuple[Message, .
 def _on_wire(method: "MocoSFL", latents: Any) -> Tree:
     release = method.client.release
     return latents if release is None else release.on_wire(latents)
+
+
+def stored_latents(method: "MocoSFL", slots: int) -> StoredLatents:
+    """Shapes of what is stored of a round, (C, steps, ...)."""
+    saving = method.saving
+    assert saving is not None, "nothing is stored without"
+    images = jax.ShapeDtypeStruct(saving.images, jnp.float32)
+    _, latents, _ = _one_client(method, images)
+    mask = jax.ShapeDtypeStruct(images.shape[:1], bool)
+    step = StoredLatents(latents.query, latents.key, cast(Any, mask))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((slots, saving.steps, *x.shape), x.dtype), step
+    )
 
 
 def working_set(method: "MocoSFL", images: jax.ShapeDtypeStruct, slots: int) -> Tree:
