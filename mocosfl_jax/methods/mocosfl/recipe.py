@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mocosfl_jax.config.averaging import Averaging
 from mocosfl_jax.config.defences import DEFENCES
@@ -18,6 +19,7 @@ from mocosfl_jax.methods.mocosfl.build import build, keys_per_step, queue_rows, 
 from mocosfl_jax.methods.mocosfl.defences import check_defences, check_holdings
 from mocosfl_jax.methods.mocosfl.defences import facts as facts_of_defences
 from mocosfl_jax.methods.mocosfl.former import from_former, to_former
+from mocosfl_jax.methods.mocosfl.saving import LATENTS_ONLY
 from mocosfl_jax.methods.mocosfl.sizes import stored_latents
 from mocosfl_jax.models.heads import HEADS
 
@@ -126,13 +128,24 @@ def _facts(config: Resolved, most_draws: Callable[[], int]) -> Facts:
 
 
 def _facts_of_saving(config: Resolved) -> Facts:
-    saving = config.section_or_default(Saving)
-    if not saving.threshold:
+    method = build(config)
+    if method.saving is None:
         return Facts()
-    stored = stored_latents(build(config), config.cohort_size)
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(stored))
-    note = f"latents of a round that are stored on the device: {size / 1e6:,.1f} MB"
-    return Facts({"stored_latents_bytes": size}, (note,))
+    images = jax.ShapeDtypeStruct(method.saving.images, jnp.float32)
+    sent, times = {True: 0, False: 0}, {"step": config.steps_per_round, "round": 1}
+    for message in method.in_status(LATENTS_ONLY).traffic(images):
+        sent[message.up] += times[message.when] * _bytes(message.content)
+    stored = _bytes(stored_latents(method, config.cohort_size))
+    notes = (
+        f"latents of a round, stored for rounds in C: {stored / 1e6:,.2f} MB",
+        f"in a round in B a client sends {sent[True] / 1e6:.2f} MB and receives"
+        f" {sent[False] / 1e6:.2f} MB, in C nothing",
+    )
+    return Facts({"stored_latents_bytes": stored}, notes)
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 MOCOSFL = Recipe(
