@@ -20,12 +20,12 @@ from mocosfl_jax.machine import device_memory_bytes, machine_memory_bytes
 from mocosfl_jax.models.split import Variables
 from mocosfl_jax.run.checkpoint import (
     Checkpoints,
-    Clock,
     Identity,
     data_digest,
     find_newest,
     saved_steps,
 )
+from mocosfl_jax.run.clock import Clock
 from mocosfl_jax.run.encoder_file import encoder_step, save_encoder, weights_digest
 from mocosfl_jax.run.evaluator import Evaluator
 from mocosfl_jax.run.feed import dispatches, most_draws, prefetch

@@ -10,7 +10,7 @@ import numpy as np
 
 from mocosfl_jax.federated.contract import Metric
 from mocosfl_jax.federated.dispatch import DispatchOutput
-from mocosfl_jax.run.checkpoint import Clock
+from mocosfl_jax.run.clock import Clock
 from mocosfl_jax.run.feed import Dispatch
 from mocosfl_jax.run.ledger import Ledger
 from mocosfl_jax.run.metrics import Line, Metrics

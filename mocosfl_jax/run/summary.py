@@ -15,7 +15,7 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.numbers import NUMBERS, TOP1, TRANSFER_NUMBERS, Number
 from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.machine import peak_memory_bytes, versions
-from mocosfl_jax.run.checkpoint import Clock
+from mocosfl_jax.run.clock import Clock
 from mocosfl_jax.run.plan import Plan, plan
 from mocosfl_jax.run.storage import read_json
 

@@ -25,17 +25,17 @@ from mocosfl_jax.federated.contract import (
     Tree,
 )
 from mocosfl_jax.learning.divergence import divergence
-from mocosfl_jax.learning.queue import Queue, init_queue
+from mocosfl_jax.learning.queue import Queue
 from mocosfl_jax.methods.mocosfl import client as client_side
+from mocosfl_jax.methods.mocosfl import rounds, sizes
 from mocosfl_jax.methods.mocosfl import saving as saving_rule
 from mocosfl_jax.methods.mocosfl import server as server_side
-from mocosfl_jax.methods.mocosfl import sizes
 from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Pending, Totals
 from mocosfl_jax.methods.mocosfl.measures import divergence_metric, similarity_metrics
 from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents, Params
 from mocosfl_jax.methods.mocosfl.saving import FULL, LATENTS_ONLY, SILENT, STATUSES, Saving
 from mocosfl_jax.methods.mocosfl.server import Learned, ServerSide, ServerState
-from mocosfl_jax.methods.mocosfl.state import Kept, Mixed, MocoState, Participant, latest
+from mocosfl_jax.methods.mocosfl.state import Kept, MocoState, Participant
 from mocosfl_jax.models.split import SplitModel, Variables
 
 
@@ -120,67 +120,22 @@ class MocoSFL:
     # ------------------------------------------------------------------------- state and rounds
 
     def init(self, params_key: jax.Array, state_key: jax.Array) -> MocoState:
-        client, server, stats = self.model.init(params_key)
-        opt_state = self.server.optimizer.init(server)
-        return MocoState(
-            server=ServerState(server, server, opt_state, stats, stats),
-            client=ClientModel(client, client if self.align else None),
-            queue=None if self.private_queues else self._new_queue(state_key),
-            syncs=jnp.zeros((), jnp.int32) if self.client.tau else None,
-            saving=saving_rule.first_state() if self.saving else None,
-        )
+        return rounds.init(self, params_key, state_key)
 
     def start(self, server: MocoState, variables: Variables) -> MocoState:
-        """Key encoders, the clients' own among them, start as equal to online models as in `init`;
-        in the public code they keep their random parameters."""
-        client, params, stats = variables
-        models = ServerState(params, params, server.server.opt_state, stats, stats)
-        common = ClientModel(client, client if self.align else None)
-        return server.replace(server=models, client=common)
+        return rounds.start(self, server, variables)
 
     def own(self, server: MocoState, key: jax.Array) -> Kept:
-        extra, params = self.client.extra_gradient, server.client.params
-        return Kept(
-            key_params=None if self.align else params,
-            opt_state=self.client.optimizer.init(params) if self.persistent else None,
-            extra=None if extra is None else extra.init(jax.random.fold_in(key, 1)),
-            queue=self._new_queue(key) if self.private_queues else None,
-            mixed=self._mixed(server.client, jnp.zeros(()), jnp.zeros((), jnp.int32)),
-        )
+        return rounds.own(self, server, key)
 
     def join(self, server: MocoState, own: Kept) -> Participant:
-        start, opt_state, mixed = server.client, own.opt_state, own.mixed
-        if not self.persistent:
-            opt_state = self.client.optimizer.init(start.params)
-        scale = synced = None
-        if mixed is not None:
-            scale, synced = mixed.scale, mixed.synced
-            start = latest(server, mixed)
-        key_params = start.key_params if self.align else own.key_params
-        client = ClientState(start.params, key_params, opt_state, own.extra, scale)
-        return Participant(client, own.queue, synced)
+        return rounds.join(self, server, own)
 
     def leave(self, participant: Participant) -> Kept:
-        client = participant.client
-        return Kept(
-            key_params=None if self.align else client.key_params,
-            opt_state=client.opt_state if self.persistent else None,
-            extra=client.extra,
-            queue=participant.queue,
-            mixed=self._mixed(
-                client_side.upload(client, self.align), client.scale, participant.synced
-            ),
-        )
+        return rounds.leave(self, participant)
 
     def carry(self, before: Participant | None, cohort: Participant) -> Participant:
-        """The latents that are stored of each slot stay, whoever has it now."""
-        if self.saving is None:
-            return cohort
-        if before is not None:
-            return cohort.replace(stored_latents=before.stored_latents)
-        shapes = sizes.stored_latents(self, slots=len(jax.tree.leaves(cohort)[0]))
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return cohort.replace(stored_latents=nothing)
+        return rounds.carry(self, before, cohort)
 
     @property
     def statuses(self) -> tuple[Status, ...]:
@@ -196,18 +151,12 @@ class MocoSFL:
         side = replace(self.client, frozen=True, extra_gradient=None, tau=0.0)
         return replace(self, status=status, client=side, measures_divergence=False)
 
-    def _mixed(self, model: ClientModel, scale: Any, synced: Any) -> Mixed | None:
-        return Mixed(model, scale, synced) if self.client.tau else None
-
     def _extra_state(self) -> bool:
         """Whether the extra gradient has a state, which a client would have to keep."""
         extra = self.client.extra_gradient
         return extra is not None and bool(
             jax.tree.leaves(jax.eval_shape(extra.init, jax.random.key(0)))
         )
-
-    def _new_queue(self, key: jax.Array) -> Queue:
-        return init_queue(key, self.queue_rows, self.model.head.width, ages=self.server.ages > 0)
 
     # --------------------------------------------------------------------------------- one step
 

@@ -101,7 +101,9 @@ def _next_status(saving: Saving, state: SavingState, mean: jax.Array) -> jax.Arr
     return jnp.where(saves, jnp.minimum(state.status + 1, SILENT), FULL).astype(jnp.int32)
 
 
-def store(stored_C: StoredLatents, step: jax.Array, latents_C: Latents, mask_CB: jax.Array):
+def store(
+    stored_C: StoredLatents, step: jax.Array, latents_C: Latents, mask_CB: jax.Array
+) -> StoredLatents:
     """The stored latents with those of one step. step: () int32, its number in the round."""
     new = StoredLatents(latents_C.query, latents_C.key, mask_CB)
     return jax.tree.map(lambda all_CS, one_C: all_CS.at[:, step].set(one_C), stored_C, new)
