@@ -5,8 +5,8 @@ Options: --config.FIELD=VALUE overrides a field of the config file, --config.FIE
 On several hosts, one such command on each: --multihost takes their addresses from the environment
 (Slurm, Kubernetes, TPU, Open MPI); else --coordinator=HOST:PORT --num_processes=N --process_id=I.
 Exit status: 0 done; 1 the run failed, or a file could not be written; 2 bad input, one line on
-stderr; 143 stopped by a signal, the state saved, and the same command resumes; 130 interrupted
-outside training, and the same command goes on.
+stderr; 143 stopped by a signal, the state saved; 130 interrupted
+outside training. Run the same command to continue either.
 """
 
 import dataclasses
@@ -16,20 +16,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import flags
-from ml_collections import ConfigDict
-
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.run.commandline import define_common_flags, define_flags, parse
 from mocosfl_jax.run.console import run_command
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what takes time is imported where it is used, after `run_command` has begun
+    from ml_collections import ConfigDict
+
     from mocosfl_jax.config import Resolved
     from mocosfl_jax.data.dataset import Prepared
     from mocosfl_jax.run.processes import Startup
     from mocosfl_jax.run.workdir import Stored
 
-FAILED, BAD_INPUT, INTERRUPTED, STOPPED = 1, 2, 130, 143
+FAILED, BAD_INPUT, STOPPED = 1, 2, 143
 
 
 def main(argv: list[str]) -> int:
@@ -44,9 +42,6 @@ def main(argv: list[str]) -> int:
     except InputError as error:
         print(f"mocosfl_jax: {error}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:  # outside the loop, which saves first
-        print("mocosfl_jax: interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
 
 
 def _join_processes(argv: list[str]) -> bool:
@@ -55,6 +50,10 @@ def _join_processes(argv: list[str]) -> bool:
     Returns: whether there are other processes to join.
     Raises: InputError: as `initialize`, or a flag of another type.
     """
+    from absl import flags
+
+    from mocosfl_jax.run.commandline import define_common_flags
+
     values = flags.FlagValues()
     define_common_flags(values)
     try:
@@ -73,6 +72,8 @@ def _join_processes(argv: list[str]) -> bool:
 
 def _command(argv: list[str], startup: "Startup | None" = None) -> int:
     """Raises: InputError: as `parse`, a required flag is missing, or the run is refused."""
+    from mocosfl_jax.run.commandline import define_flags, parse
+
     values = define_flags(argv)
     parse(values, argv)
     if values.help:
@@ -98,7 +99,7 @@ def _folder(path: str) -> Path:
 
 
 def _settle(
-    raw: ConfigDict, folder: Path | None, stored: "Stored | None"
+    raw: "ConfigDict", folder: Path | None, stored: "Stored | None"
 ) -> "tuple[Resolved, Prepared]":
     """The resolved config and its data set, no image of which has been decoded.
 
@@ -125,7 +126,7 @@ def _settle(
     return with_init_digest(config, stored and stored.config), prepared
 
 
-def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
+def _run(raw: "ConfigDict", path: Path, startup: "Startup | None") -> int:
     from mocosfl_jax.run.processes import Startup, is_primary, use_compilation_cache
     from mocosfl_jax.run.storage import StorageError
     from mocosfl_jax.run.summary import results_table
@@ -142,7 +143,7 @@ def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
         elif is_primary():
             print("this run is complete")
     except Interrupted as stop:
-        print(f"mocosfl_jax: {stop}; the same command resumes", file=sys.stderr)
+        print(f"mocosfl_jax: {stop}; run the same command to continue", file=sys.stderr)
         return STOPPED
     except NonFiniteError as error:
         print(f"mocosfl_jax: {error}; earlier checkpoints are kept", file=sys.stderr)
@@ -163,7 +164,7 @@ def _run(raw: ConfigDict, path: Path, startup: "Startup | None") -> int:
 # --------------------------------------------------------------------------------------- dry run
 
 
-def _dry_run(raw: ConfigDict, path: str | None) -> int:
+def _dry_run(raw: "ConfigDict", path: str | None) -> int:
     """Prints the plan, after every check that needs no pixels.
 
     Devices and memory may be those of another machine: what does not fit here is a line, no error.
@@ -226,6 +227,7 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
     from mocosfl_jax.config.data import deal
     from mocosfl_jax.config.recipe import find_recipe
     from mocosfl_jax.config.stored import flat_fields, to_json
+    from mocosfl_jax.costs.report import step_line
     from mocosfl_jax.run.feed import most_draws
     from mocosfl_jax.run.plan import estimate_memory, plan
 
@@ -255,6 +257,7 @@ client parameters: {sizes.client_params:,}
 server parameters: {sizes.server_params:,}
 sent by a client in a round: {sizes.bytes_up_per_client_round / 1e6:.2f} MB
 received by a client in a round: {sizes.bytes_down_per_client_round / 1e6:.2f} MB{once}
+{step_line(config)} (its memory: python -m mocosfl_jax.costs)
 estimated memory: {one_memory if jax.default_backend() == "cpu" else on_device}"""
     )
     for note in facts.notes:
@@ -262,4 +265,4 @@ estimated memory: {one_memory if jax.default_backend() == "cpu" else on_device}"
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "mocosfl_jax: interrupted; run the same command to continue")

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mocosfl_jax.attack import __main__ as command
-from mocosfl_jax.attack import victim
+from mocosfl_jax.attack import command, victim
 from mocosfl_jax.attack.images import choose_images
 from mocosfl_jax.attack.options import Options
 from mocosfl_jax.config.data import partition_of
@@ -136,7 +135,8 @@ def test_killed_and_repeated(run, monkeypatch, capsys):
     """It ends as if it had not been; a finished one answers at once."""
     with monkeypatch.context() as patch:
         patch.setattr(command, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert attack(run) == 130
+        with pytest.raises(KeyboardInterrupt):
+            attack(run)
     assert not (run / "attack" / "conv_normN0C4-test" / "attack.json").exists()
     assert attack(run) == attack(run, "--name=whole") == 0
     assert report(run) == report(run, "whole")
@@ -150,7 +150,8 @@ def test_an_attack_goes_on_at_the_step_that_it_began_with(run, saved, npz, monke
     """The run has gone on meanwhile, and in the end that checkpoint is gone."""
     with monkeypatch.context() as patch:
         patch.setattr(command, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert attack(run, "--step=6") == 130
+        with pytest.raises(KeyboardInterrupt):
+            attack(run, "--step=6")
     assert attack(run) == 0 and report(run)["step"] == 6
     shutil.rmtree(run / "checkpoints" / "6")
     capsys.readouterr()
@@ -247,7 +248,12 @@ def test_checkpoints_that_are_replaced_meanwhile(run, monkeypatch):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("--decoder=res_normN4", "--decoder = 'res_normN4': 'res_normN4' is not res_normN<blocks>"),
+        ("--decoder=res_normN4", "--decoder = 'res_normN4': res_normN<blocks>C<channels> or"),
+        (
+            "--decoder=conv_normN99999C4",
+            "--decoder = 'conv_normN99999C4': res_normN<blocks>C<channels> or"
+            " conv_normN<blocks>C<channels> with 0 to 9999 blocks and 1 to 9999 channels",
+        ),
         ("--targets=client", "--targets = 'client': 'test', or 'client:'"),
         ("--targets=client:4", "--targets = 'client:4': the run has 4 clients"),
         ("--num_targets=0", "--num_targets = 0: a number from 1"),

@@ -113,20 +113,6 @@ def test_a_config_file_that_is_no_text_file_is_named(capsys, tmp_path):
         assert words in line
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "raise KeyboardInterrupt",
-        "try:\n  raise KeyboardInterrupt\nexcept BaseException:\n  raise ImportError('in C')",
-        "raise ImportError('in C') from KeyboardInterrupt()",
-    ],
-)
-def test_an_interrupt_while_a_config_file_is_read_is_no_bad_input(capsys, tmp_path, text):
-    (tmp_path / "slow.py").write_text(text)
-    assert main(["main", "--config", str(tmp_path / "slow.py"), "--dry_run"]) == 130
-    assert "interrupted" in capsys.readouterr().err
-
-
 # -------------------------------------------------------------------------- methods and sections
 
 

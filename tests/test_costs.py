@@ -231,6 +231,17 @@ def test_operations_of_taressfl_in_the_papers_table():
     assert trained.paper.flops == 3 * found.paper.flops
 
 
+def test_depthwise_products_count_in_the_papers_way():
+    """Stem, then blocks of stride 1, 1 and 1 with 8, 48 and 144 hidden channels at width 8."""
+    found = costs(backbone="mobilenetv2", cut=4, width=8, num_clients=1000)
+    pixels, products, norms = 32 * 32, 27 * 8, 8
+    # (channels in, hidden, out, projected shortcut) of units 1 to 3
+    for c_in, hidden, out, projected in ((8, 8, 8, False), (8, 48, 8, False), (8, 48, 8, False)):
+        products += c_in * hidden + 9 * hidden + hidden * out + projected * c_in * out
+        norms += 2 * hidden + out + projected * out
+    assert found.paper.flops_an_image == pixels * (products + 5 * norms)
+
+
 @pytest.fixture(scope="module")
 def whole_network() -> Costs:
     """5 clients of 10,000 images, 100 rounds of 5 epochs; 125 images a step divide an epoch."""

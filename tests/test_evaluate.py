@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mocosfl_jax import load_encoder
-from mocosfl_jax.evaluate import __main__ as command
+from mocosfl_jax.evaluate import command
 from mocosfl_jax.evaluate.options import Options
 from mocosfl_jax.evaluation.protocols import PROTOCOLS
 from mocosfl_jax.run.summary import results_table
@@ -248,7 +248,7 @@ def test_a_signal_ends_it_with_nothing_written(run, monkeypatch, capfd, number):
     assert evaluate(run, "--protocols=knn,linear") == 128 + number
     # The first line is a thread's, which may be slow.
     assert sorted(capfd.readouterr().err.splitlines()) == [
-        "mocosfl_jax.evaluate: stopped, nothing is written; the same command starts anew",
+        "mocosfl_jax.evaluate: stopped, nothing is written; run the same command to start again",
         f"mocosfl_jax: {number.name}: stopping; a second signal stops at once",
     ]
     assert contents(run) == before

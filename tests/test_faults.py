@@ -113,7 +113,7 @@ def test_a_run_killed_at_random_ends_as_if_it_had_not_been(npz, whole, tmp_path)
 def test_a_run_stopped_at_its_end_gives_the_same_numbers(npz, whole, tmp_path):
     """In the first evaluation, in the last dispatch, and in the linear probe."""
     folder = tmp_path / "run"
-    saved = "stopped at step 24 of 24, which is saved; the same command resumes"
+    saved = "stopped at step 24 of 24, which is saved; run the same command to continue"
     for fault, words in (
         ("signal=mocosfl_jax.evaluation.features:_encode_batch:3", "before the first step"),
         ("signal=mocosfl_jax.run.recorder:Recorder.push:8", saved),
@@ -143,7 +143,7 @@ def test_files_that_cannot_grow(npz, whole, tmp_path):
         assert result.returncode == 1
         (line,) = result.stderr.splitlines()
         assert words in line and "File too large" in line
-        assert line.endswith("step 6 is saved, and the same command resumes once there is room")
+        assert line.endswith("step 6 is saved, run the same command to continue once there is room")
     argv, pipe = command(folder, npz), subprocess.PIPE
     process = subprocess.Popen(argv, cwd=ROOT, stdout=pipe, stderr=pipe)
     process.stdout.readline()

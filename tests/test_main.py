@@ -42,11 +42,12 @@ def refused(capsys, argv: list[str]) -> str:
         ("--coordinator=host:1", ["--num_processes", "--coordinator"]),
         ("--config.num_clients=many", ["num_clients", "many"]),
         ("--config.dataset=cifar11", ["config.dataset", "cifar11"]),
-        ("--config.dataset=npz:/nowhere.npz", ["/nowhere.npz"]),
+        ("--config.dataset=npz:/nowhere.npz", ["config.dataset = 'npz:/nowhere.npz': an existing"]),
         ("--config.dataset=folder:/nowhere", ["config.image_size"]),
         ("--config.num_clients=61", ["config.num_clients", "61", "60"]),
         ("--config.classes_per_client=4", ["config.classes_per_client", "4", "3 classes"]),
         ("--config.cut=9", ["config.cut", "9", "1 to 3"]),
+        ("--config.cut=0", ["config.cut = 0", "1 to 3"]),
         ("--config.queue_length=23", ["config.queue_length", "23", "24"]),
         ("--config.cohort_size=5", ["config.cohort_size", "5", "1 to 4"]),
         ("--config.learning_rate=fast", ["learning_rate", "fast"]),
@@ -80,16 +81,6 @@ def test_images_beyond_the_memory_are_refused(capsys, npz):
     line = refused(capsys, command(npz, "--config.image_size=1000000"))
     assert "config.image_size = 1000000" in line and "240000 GB" in line
     assert not (npz.parent / "run" / "checkpoints").exists()
-
-
-def test_an_interrupt_outside_training_leaves_no_traceback(capsys, npz, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("mocosfl_jax.config.data.prepare_dataset", interrupted)
-    assert main(command(npz)) == 130
-    _, err = capsys.readouterr()
-    assert err == "mocosfl_jax: interrupted; the same command goes on\n"
 
 
 def test_a_data_set_that_is_not_prepared_comes_with_the_command(capsys, npz, tmp_path):
@@ -225,7 +216,7 @@ def test_the_rule_for_the_cohort_counts_clients_with_images(capsys, npz):
 def test_what_another_machine_may_have_is_a_line(capsys, npz):
     status, out, err = dry_run(capsys, npz, "--config.devices=9")
     assert (status, err) == (0, [])
-    assert "not on this machine: config.devices = 9: there are 8: 1 to 8" in out
+    assert "not on this machine: config.devices = 9: at most 8, as many as there are" in out
     status, out, _ = dry_run(capsys, npz, "--config.image_size=1000000", "--config.stem=7x7s2")
     assert status == 0
     assert any("not on this machine: config.image_size = 1000000" in line for line in out)

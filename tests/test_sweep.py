@@ -14,7 +14,8 @@ import pytest
 
 from mocosfl_jax.config.stored import to_json
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.sweep.__main__ import main
+from mocosfl_jax.main import main as train_main
+from mocosfl_jax.sweep.command import main
 from mocosfl_jax.sweep.engines import LocalEngine, Task, visible_gpus
 from mocosfl_jax.sweep.folder import SweepFolder, last_line
 from mocosfl_jax.sweep.runner import Board, StopRequest, Tally, carry_out
@@ -101,6 +102,22 @@ def test_a_field_may_be_set_to_what_its_rule_gave(capsys, npz):
     assert "ema 0.99 -> 0.9" in line
 
 
+def test_a_run_and_a_sweep_do_not_share_a_folder(capsys, npz, monkeypatch):
+    folder = npz.parent / "sweep"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for more in ((), ("--dry_run",)):
+        line = refused(capsys, command(npz, *more))
+        assert line.endswith(f"--workdir = '{folder}': a run lies here: another folder is needed\n")
+    (folder / "config.json").unlink()
+    assert main(command(npz), FAKE) == 0
+    capsys.readouterr()
+    argv = ["main", "--config", BASE, "--workdir", str(folder), *tiny.flags(npz)]
+    for more in ((), ("--dry_run",)):
+        assert train_main([*argv, *more]) == 2
+        assert f"--workdir = '{folder}': a sweep lies here" in capsys.readouterr().err
+
+
 def test_a_folder_is_held_by_one_process_but_can_be_reported_on(capsys, npz):
     assert main(command(npz), FAKE) == 0
     capsys.readouterr()
@@ -113,7 +130,7 @@ def test_a_folder_is_held_by_one_process_but_can_be_reported_on(capsys, npz):
 def test_a_signal_lets_runs_save_and_the_same_command_goes_on(npz, tmp_path):
     script = tmp_path / "sweep.py"
     script.write_text(
-        "import sys\nfrom mocosfl_jax.sweep.__main__ import main\n"
+        "import sys\nfrom mocosfl_jax.sweep.command import main\n"
         f"sys.exit(main(sys.argv, {FAKE!r}))\n"
     )
     argv = command(npz, "--jobs=2", seeds=(0, 1))
@@ -125,7 +142,7 @@ def test_a_signal_lets_runs_save_and_the_same_command_goes_on(npz, tmp_path):
         assert sweep.poll() is None, sweep.communicate()
         time.sleep(0.05)
     sweep.terminate()
-    assert "the same command goes on" in sweep.communicate()[1]
+    assert "run the same command to continue" in sweep.communicate()[1]
     assert sweep.returncode == 143
     assert all((path / "saved").exists() for path in waiting)
     assert set(calls(npz)) == {path.name for path in waiting}  # no other run was started

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mocosfl_jax.evaluation.numbers import number_of
-from mocosfl_jax.sweep.__main__ import main
+from mocosfl_jax.sweep.command import main
 from mocosfl_jax.sweep.definition import default_sweep, expand
 from mocosfl_jax.sweep.engines import SlurmEngine, Task
 from mocosfl_jax.sweep.folder import SweepFolder
@@ -138,7 +138,7 @@ def test_a_trained_run_may_not_be_dropped_for_a_command_that_fails(sweep, capsys
 
 def test_commands_of_a_cluster_follow_too(sweep, tmp_path, monkeypatch):
     engine = SlurmEngine(tmp_path / "slurm", None, {"timeout_min": 5}, "local")
-    monkeypatch.setattr("mocosfl_jax.sweep.__main__._engine", lambda *_: engine)
+    monkeypatch.setattr("mocosfl_jax.sweep.command._engine", lambda *_: engine)
     assert main(sweep(commands=(A,)), FAKE) == 0
     assert calls(tmp_path) == {2: ["", "a"], 4: ["", "a"]}
 
@@ -238,12 +238,15 @@ def test_a_dry_run_shows_them(sweep, capsys):
             ("mocosfl_jax.evaluate --protocols=knm",),
             "--protocols = 'knm': one or several of knn",
         ),
-        ("fixed.init_from", "nowhere", "nowhere = 'missing': a run writes it with its check"),
+        ("fixed.init_from", "nowhere", "config.init_from = 'nowhere': nowhere is missing: a run"),
         ("more_commands", ({"cut": (1,), "commands": (A,)},), "config.more_commands"),
         ("more_commands", ({"num_clients": (2,), "seeds": (1,)},), "and commands: "),
         ("scatter", ("linear_top1",), "config.scatter = ('linear_top1',): two numbers"),
         ("scatter", ("linear_top1", "attack/a/msee"), "'attack/a/msee': attack/NAME/one of mse"),
         ("metrics", ("attack/mse_ratio",), "config.metrics = 'attack/mse_ratio'"),
+        ("metrics", ("attack/a/mse_ratio",), "'attack/a/mse_ratio': no command of the sweep makes"),
+        ("scatter", ("steps", "transfer/svhn/knn_top1"), "no command of the sweep makes transfer/"),
+        ("columns", "cut", "config.columns = 'cut': a field that varies"),
     ],
 )
 def test_wrong_fields_are_refused(sweep, capsys, field, value, words):

@@ -11,8 +11,8 @@ import pytest
 from mocosfl_jax.config.recipe import Recipe
 from mocosfl_jax.data.dataset import DatasetInfo, Prepared
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.sweep.__main__ import main
-from mocosfl_jax.sweep.definition import default_sweep, expand
+from mocosfl_jax.sweep.command import main
+from mocosfl_jax.sweep.definition import columns_of, default_sweep, expand
 from mocosfl_jax.sweep.folder import SweepFolder
 from mocosfl_jax.sweep.preflight import check
 from tests import tiny
@@ -119,6 +119,45 @@ def test_the_sweep_of_the_documentation():
     assert runs["MocoSFL-3,num_clients=1000,seed=3"].overrides == {
         **{"classes_per_client": 2, "cut": 2, "num_clients": 1000, "seed": 3}
     }
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        ({"cut": (1, 2), "num_clients": (4, 5)}, "num_clients"),
+        ({"width": (4, 8), "cut": (1, 2)}, "cut"),
+        ({}, "metrics"),
+    ],
+)
+def test_the_rule_for_the_columns(grid, expected):
+    sweep = sweep_of(grid=grid)
+    expand(sweep)
+    assert columns_of(sweep) == expected
+    sweep.columns = "seed"
+    assert columns_of(sweep) == "seed"
+
+
+def test_a_field_of_the_variants_may_be_the_columns():
+    sweep = sweep_of(variants={"A": {"cut": 1}, "B": {"cut": 2}}, columns="cut")
+    assert len(expand(sweep)) == 2
+
+
+def test_numbers_of_attacks_and_transfers_that_commands_make():
+    """Under the names that the commands give them; a module of one's own may make any."""
+    sweep = sweep_of(commands=("mocosfl_jax.attack --targets=client:3", "mocosfl_jax.evaluate"))
+    sweep.more_commands = (
+        {"variant": ("Q",), "commands": ("mocosfl_jax.evaluate --dataset npz:/data/mine.npz",)},
+    )
+    sweep.variants = {"P": {}, "Q": {}}
+    sweep.metrics = ("transfer/mine/knn_top1", "knn_top1")
+    sweep.scatter = ("attack/res_normN4C64-client3/mse_ratio", "linear_top1")
+    expand(sweep)
+    sweep.metrics = ("transfer/mine.npz/knn_top1",)
+    words = r"transfer/mine\.npz; they make attack/res_normN4C64-client3, transfer/mine$"
+    with pytest.raises(InputError, match=words):
+        expand(sweep)
+    sweep.commands = (*sweep.commands, "timeit --name=mine.npz")
+    expand(sweep)
 
 
 def test_a_sweep_unsets_fields():
@@ -229,6 +268,8 @@ def cifar10(name, **_) -> Prepared:
             ["config.more_fields.epochs = 2: set in another place too"],
         ),
         ("columns", "clients", ["config.columns", "clients"]),
+        ("columns", "width", ["config.columns = 'width'", "one of num_clients, seed, metrics"]),
+        ("metrics", ("attack/a/mse_ratio",), ["no command of the sweep makes attack/a: set conf"]),
         ("base", "nowhere.py", ["config.base = 'nowhere.py': an existing config file"]),
         ("seeds", (0, 0, 1), ["config.seeds = (0, 0, 1): each seed once"]),
         ("grid.cut", (1, 1), ["config.grid.cut = (1, 1): each value once"]),
@@ -348,7 +389,7 @@ def test_variants_that_set_and_unset_fields_of_a_section(npz, capsys):
         ("sweep.grid.toy.speed = (1.0,)", "speed"),
         ("sweep.grid.toy = (1.0,)", "toy"),
         ("sweep.unset = ('toy',)", "config.unset = 'toy': a field of the runs"),
-        ("sweep.columns = 'toy'", "config.columns = 'toy': a field of the runs"),
+        ("sweep.columns = 'toy'", "config.columns = 'toy': a field that varies"),
         ("sweep.variants = {'A': {'toy': {'speed': 1}}}", "['A'].toy.speed = 1: no such field"),
         ("sweep.variants = {'A': {'toy': 1}}", "config.variants['A'].toy = 1: no such field"),
         (

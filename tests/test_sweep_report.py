@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.sweep.__main__ import main
+from mocosfl_jax.sweep.command import main
 from mocosfl_jax.sweep.folder import SweepFolder
 from mocosfl_jax.sweep.report import Cell, tabulate, write_report
 from tests.tiny_sweep import (
@@ -87,11 +87,11 @@ def test_a_signal_does_not_break_the_report(capsys, npz, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         return "the report\n"
 
-    monkeypatch.setattr("mocosfl_jax.sweep.__main__.write_report", interrupted)
+    monkeypatch.setattr("mocosfl_jax.sweep.command.write_report", interrupted)
     assert main(command(npz), FAKE) == 130
     out, err = capsys.readouterr()
     assert out.endswith("the report\n")
-    assert err == "mocosfl_jax.sweep: stopped; the same command goes on\n"
+    assert err == "mocosfl_jax.sweep: stopped; run the same command to continue\n"
 
 
 @pytest.mark.filterwarnings("error")

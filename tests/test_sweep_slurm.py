@@ -11,7 +11,7 @@ import pytest
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.sweep import engines
-from mocosfl_jax.sweep.__main__ import main
+from mocosfl_jax.sweep.command import main
 from mocosfl_jax.sweep.definition import default_sweep
 from mocosfl_jax.sweep.engines import RequeuedTask, SlurmEngine, Task
 from mocosfl_jax.sweep.folder import SweepFolder
@@ -28,7 +28,7 @@ def test_slurm_jobs_run_the_same_commands(npz, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_RUN", "4/0=fail")
     parameters = default_sweep().slurm.to_dict()
     engine = SlurmEngine(tmp_path / "slurm", None, {**parameters, "timeout_min": 5}, "local")
-    monkeypatch.setattr("mocosfl_jax.sweep.__main__._engine", lambda *_: engine)
+    monkeypatch.setattr("mocosfl_jax.sweep.command._engine", lambda *_: engine)
     assert main(command(npz), FAKE) == 1
     assert calls(npz) == {"num_clients=2,seed=0": 1, "num_clients=4,seed=0": 1}
     assert SweepFolder(npz.parent / "sweep").is_finished("num_clients=2,seed=0")

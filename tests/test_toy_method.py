@@ -24,7 +24,7 @@ from mocosfl_jax.run.checkpoint import Identity, data_digest, find_newest
 from mocosfl_jax.run.program import program_of
 from mocosfl_jax.run.rounds import Rounds
 from mocosfl_jax.run.workdir import read_stored
-from mocosfl_jax.sweep.__main__ import main as sweep_main
+from mocosfl_jax.sweep.command import main as sweep_main
 from tests import tiny
 from tests.test_train import ROOT, lines, without_speed
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mocosfl_jax.sweep.__main__ import main
+from mocosfl_jax.sweep.command import main
 from mocosfl_jax.sweep.definition import default_sweep
 from tests import tiny
 

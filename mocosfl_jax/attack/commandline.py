@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from mocosfl_jax.attack.options import Options
-from mocosfl_jax.run.options import define_options, options_of, parse_options
+from mocosfl_jax.run.options import check_name, define_options, options_of, parse_options
 
 
 def parse_command(argv: list[str]) -> flags.FlagValues:
@@ -18,9 +18,14 @@ def parse_command(argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
-    """Checks a command line that lacks --workdir.
+def attack_of(arguments: Sequence[str]) -> str:
+    """What the numbers of an attack are called in a sweep: `attack/NAME`.
 
+    Args: arguments: of the command, without --workdir.
     Raises: InputError: it would be refused, whatever the run is.
     """
-    options_of(parse_command(["attack", "--workdir=.", *arguments]), Options)
+    values = parse_command(["attack", "--workdir=.", *arguments])
+    options = options_of(values, Options)
+    name = values.name or options.default_name
+    check_name(name)
+    return f"attack/{name}"

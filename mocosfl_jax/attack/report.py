@@ -66,14 +66,17 @@ class AttackFolder:
             return
         begun = read_json(self._begun)
         if begun.get("run") != mine.get("run", begun.get("run")):
-            raise InputError("--name", self.name, "it holds an attack on another run: another name")
+            raise InputError(
+                "--name", self.name, "it holds an attack on another run: choose another name"
+            )
         changed = [name for name in mine if begun.get(name) != mine[name]]
         if changed == [_STATE]:
-            allowed = "the run has been trained anew since this attack: another name"
+            allowed = "the run has been trained anew since this attack: choose another name"
             raise InputError("--name", self.name, allowed)
         if changed:
             shown = [f"--{x} {begun.get(x)!r} -> {mine[x]!r}" for x in changed if x != _STATE]
-            allowed = f"it holds another attack ({', '.join(shown)}): another name, or those"
+            allowed = f"it holds an attack with other options ({', '.join(shown)})"
+            allowed += ": choose another name, or the same options"
             raise InputError("--name", self.name, allowed)
 
     def begin(self, identity: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The client that is attacked, from a checkpoint of its run; the run may go on meanwhile."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,9 +68,8 @@ def _restore(folder: Path, shapes: Any, identity: Identity, step: int | None) ->
         steps = saved_steps(folder)
         if not steps:
             raise InputError("--workdir", str(folder.parent), "no checkpoint lies there yet")
-        if step is not None and step not in steps:
-            allowed = f"one of the saved steps {', '.join(map(str, reversed(steps)))} is needed"
-            raise InputError("--step", step, allowed)
+        if step is not None:
+            check_saved(step, steps)
         found = find_newest(folder, shapes, identity, only=step)
         if found.restored is not None:
             return found.restored
@@ -77,6 +77,13 @@ def _restore(folder: Path, shapes: Any, identity: Identity, step: int | None) ->
             break
     reasons = "; ".join(f"{step}: {why}" for step, why in found.bad.items())
     raise InputError(str(folder), sorted(found.bad), f"none can be used ({reasons})")
+
+
+def check_saved(step: int, steps: Sequence[int]) -> None:
+    """Raises: InputError: there is no checkpoint of the step. Args: steps: of those there are."""
+    if step not in steps:
+        allowed = f"one of the saved steps {', '.join(map(str, sorted(steps)))} is needed"
+        raise InputError("--step", step, allowed)
 
 
 def _participant(method: Method, state: TrainState, cohort: list[int], client: int) -> Tree:

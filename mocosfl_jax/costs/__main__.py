@@ -5,19 +5,20 @@ Options: --config.FIELD=VALUE overrides a field of the config file, --config.FIE
 
 Prints what one client of such a run computes, holds and sends. Nothing is trained, and no pixel is
 read; what a client runs is compiled for this machine, for its memory.
-Exit status: 0 done; 1 a file could not be written; 2 bad input, one line on stderr.
+Exit status: 0 done; 1 a file could not be written; 2 bad input, one line on stderr; 130
+interrupted.
 """
 
 import sys
 from pathlib import Path
-
-from absl import flags
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.run.commandline import define_config_flags, parse
 from mocosfl_jax.run.console import run_command
 from mocosfl_jax.run.storage import StorageError, write_json
+
+if TYPE_CHECKING:  # what takes time is imported where it is used, after `run_command` has begun
+    from ml_collections import ConfigDict
 
 FAILED, BAD_INPUT = 1, 2
 
@@ -39,6 +40,10 @@ def _end(reason: object, status: int) -> int:
 
 def _command(argv: list[str]) -> int:
     """Raises: InputError; StorageError."""
+    from absl import flags
+
+    from mocosfl_jax.run.commandline import define_config_flags, parse
+
     values = define_config_flags(argv)
     flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
     flags.DEFINE_string("json", None, "File for the numbers.", flag_values=values)
@@ -54,7 +59,7 @@ def _command(argv: list[str]) -> int:
     return 0
 
 
-def _print(raw: ConfigDict, json: str | None) -> None:
+def _print(raw: "ConfigDict", json: str | None) -> None:
     # Imported here so that a typing mistake on the command line is answered at once.
     from mocosfl_jax.config import check_types
     from mocosfl_jax.config.checks import check_fields
@@ -76,4 +81,4 @@ def _print(raw: ConfigDict, json: str | None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "mocosfl_jax.costs: interrupted")

@@ -7,7 +7,7 @@ key latents are left out, and so are weights on their way down. MB is 2^20 bytes
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from mocosfl_jax.costs.communication import Sent, total
 from mocosfl_jax.costs.flops import flops_of
 from mocosfl_jax.federated.contract import Work
 from mocosfl_jax.models.norms import MaskedBatchNorm
-from mocosfl_jax.models.units import GROUP_NORMS
+from mocosfl_jax.models.units import DEPTHWISE_SIZE, GROUP_NORMS, StandardizedDepthwiseConv
 
 MB, G = 2**20, 2**30
 A_NORM = 5
@@ -41,24 +41,35 @@ def paper_costs(infer: Work, messages: Iterable[Sent], images: float) -> PaperCo
     """Args: infer: of one image. images: that the client trains on in the run, repeats counted."""
     messages = tuple(messages)
     weights = total(messages, "weights", up=True)
-    forward = flops_of(infer).products + A_NORM * norm_elements(infer)
+    layers = _layers_of(infer)
+    forward = flops_of(infer).products + layers.depthwise_products + A_NORM * layers.norm_elements
     latents = total(messages, "latents", up=True) / 2 + total(messages, "gradients", up=False)
     passes = 3 if weights else 1  # frozen clients send no weights
     return PaperCosts(forward, passes * forward * images, latents, weights)
 
 
-def norm_elements(work: Work) -> int:
-    """Elements that the network's norms give."""
-    elements = 0
+class _Layers(NamedTuple):
+    """norm_elements: that the network's norms give. depthwise_products: multiply-adds of depthwise
+    convolutions, which are elementwise products to JAX (`models/depthwise.py`)."""
+
+    norm_elements: int
+    depthwise_products: int
+
+
+def _layers_of(work: Work) -> _Layers:
+    norm_elements = depthwise_products = 0
 
     def count(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        nonlocal elements
-        output = call(*args, **kwargs)
-        is_norm = isinstance(context.module, (*GROUP_NORMS, MaskedBatchNorm))
-        if is_norm and context.method_name == "__call__":
-            elements += output.size
+        nonlocal norm_elements, depthwise_products
+        output, module = call(*args, **kwargs), context.module
+        if context.method_name != "__call__":
+            return output
+        if isinstance(module, (*GROUP_NORMS, MaskedBatchNorm)):
+            norm_elements += output.size
+        if isinstance(module, StandardizedDepthwiseConv):
+            depthwise_products += output.size * DEPTHWISE_SIZE**2
         return output
 
     with nn.intercept_methods(count):  # a function of its own: traces of the same one are cached
         jax.eval_shape(lambda *arguments: work.function(*arguments), *work.arguments)
-    return elements
+    return _Layers(norm_elements, depthwise_products)

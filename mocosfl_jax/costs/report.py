@@ -71,6 +71,13 @@ def costs_of(config: Resolved, holders: int, compiled: bool = True) -> Costs:
     )
 
 
+def step_line(config: Resolved) -> str:
+    """What a client computes in a step; it is traced, which takes a second at most."""
+    method = program_of(config).method
+    step = flops_of(method.client_work(images_of(config, config.images_a_step)).train)
+    return f"operations of a client in a step: {_big(step.total)}"
+
+
 def images_of(config: Resolved, number: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((number, config.image_size, config.image_size, 3), jnp.float32)
 

@@ -60,11 +60,13 @@ class Options:
         return self.name or re.sub(r"[^\w.+=-]+", "-", last, flags=re.ASCII)
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
-    """Checks a command line that lacks --workdir.
+def transfer_of(arguments: Sequence[str]) -> str | None:
+    """What the numbers of a transfer are called: `transfer/NAME`; None: the run's own are made.
 
+    Args: arguments: of the command, without --workdir.
     Raises: InputError: it would be refused, whatever the run is.
     """
     values = define_options(Options)
     parse_options(values, ["evaluate", "--workdir=.", *arguments])
-    options_of(values, Options)
+    options = options_of(values, Options)
+    return None if options.dataset is None else f"transfer/{options.transfer}"

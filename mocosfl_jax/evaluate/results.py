@@ -48,7 +48,9 @@ class ResultsFile:
         before = by_transfer(self._stored()).get(name, {})
         if before.get("data", data) != data:
             found = f"{self.path.name} has numbers of {before.get('dataset')!r} under it"
-            raise InputError("--name", name, f"{found}, which are of other data: another name")
+            raise InputError(
+                "--name", name, f"{found}, which are of other data: choose another name"
+            )
 
     def add(self, numbers: Mapping[str, Any]) -> None:
         """Replaces the file at once, with these numbers beside or in place of those in it.

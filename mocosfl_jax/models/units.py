@@ -76,6 +76,10 @@ class StandardizedConv(nn.Module):
         return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
+DEPTHWISE_SIZE = 3
+"""Side of the kernels of `StandardizedDepthwiseConv`."""
+
+
 class StandardizedDepthwiseConv(nn.Module):
     """Weight-standardised 3x3 convolution of each channel by itself, without bias, padding 1.
 
@@ -87,7 +91,8 @@ class StandardizedDepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", fan_in_uniform, (3, 3, 1, x_BHWC.shape[-1]))
+        shape = (DEPTHWISE_SIZE, DEPTHWISE_SIZE, 1, x_BHWC.shape[-1])
+        kernel = self.param("kernel", fan_in_uniform, shape)
         return depthwise_conv(x_BHWC, standardize(kernel).astype(self.dtype), self.stride)
 
 

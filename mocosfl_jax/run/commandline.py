@@ -103,17 +103,8 @@ class _ConfigFile(flags.ArgumentParser):
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a config file is code, and may raise anything
-            if interrupted(error):
-                raise KeyboardInterrupt from None
             reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
             raise InputError(self._name, argument, f"the file fails with {reason}") from None
-
-
-def interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: a module in C whose import it hits raises ImportError."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _split_unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:

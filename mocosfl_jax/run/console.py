@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
+from mocosfl_jax.run.interrupt import end_when_interrupted
+
 
 class _Unbreakable:
     """A stream that goes on as if it had been read once its reader is gone."""
@@ -36,8 +38,14 @@ class _Unbreakable:
         os.close(nowhere)
 
 
-def run_command(main: Callable[[list[str]], int]) -> NoReturn:
-    """The end of a module that is a command: runs it on this process's arguments."""
+def run_command(main: Callable[[list[str]], int], interrupted: str) -> NoReturn:
+    """The end of a module that is a command: runs it on this process's arguments.
+
+    Args:
+      main: imports whatever takes time itself, so that Ctrl-C is answered meanwhile.
+      interrupted: the line that Ctrl-C is answered with; see `end_when_interrupted`.
+    """
+    end_when_interrupted(interrupted)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     quiet_libraries()
     unbreakable_output()

@@ -27,6 +27,9 @@ from mocosfl_jax.run.storage import (
     writing,
 )
 
+CONFIG_FILE, SWEEP_FILE = "config.json", "sweep.json"
+"""What makes a folder that of a run, or of a sweep."""
+
 
 class Stored(NamedTuple):
     """What a run's folder says of it.
@@ -47,7 +50,7 @@ class WorkDir:
     def __init__(self, path: str | Path, primary: bool = True):
         self.primary = primary
         self.path = Path(path).absolute()
-        self.config_path = self.path / "config.json"
+        self.config_path = self.path / CONFIG_FILE
         self.data_path = self.path / "dataset.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.summary_path = self.path / "summary.json"
@@ -125,11 +128,11 @@ class WorkDir:
                 shutil.move(path, free)  # `checkpoints` may be a link to another disk
 
     def explain(self, error: StorageError) -> str:
-        """What could not be written, what is saved, and when the same command goes on."""
+        """What could not be written, what is saved, and when to run the same command again."""
         steps = saved_steps(self.checkpoints_path)
         saved = f"step {steps[0]} is saved" if steps else "no step is saved yet"
         when = "there is room" if out_of_room(error.reason) else "that is mended"
-        return f"{error}; {saved}, and the same command resumes once {when}"
+        return f"{error}; {saved}, run the same command to continue once {when}"
 
     def close(self) -> None:
         if self._lock is not None:
@@ -159,7 +162,7 @@ def read_stored(path: Path) -> Stored | None:
 
     Raises: InputError: files that cannot be read.
     """
-    config_path, data_path = path / "config.json", path / "dataset.json"
+    config_path, data_path = path / CONFIG_FILE, path / "dataset.json"
     try:
         if not config_path.exists():
             return None
@@ -243,7 +246,11 @@ _MOVE_AWAY = "move it away, or take another work directory"
 
 
 def _check_files(workdir: WorkDir) -> None:
-    """Raises: InputError: a folder lies where a file of the run belongs, or the reverse."""
+    """Raises: InputError: a folder lies where a file of the run belongs, or the reverse, or it is
+    the folder of a sweep."""
+    if (workdir.path / SWEEP_FILE).exists():
+        allowed = "a sweep lies here, its runs in runs/NAME: another folder is needed"
+        raise InputError("--workdir", str(workdir.path), allowed)
     files = (
         workdir.config_path,
         workdir.data_path,

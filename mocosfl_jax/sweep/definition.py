@@ -4,10 +4,8 @@ A sweep config (`configs/sweeps/*.py`) starts from `default_sweep()` and changes
 turns it into runs, which `sweep.preflight` checks as `mocosfl_jax.main` would.
 """
 
-import importlib.util
 import itertools
-import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -15,18 +13,21 @@ from urllib.parse import quote
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from mocosfl_jax.attack import commandline as attack
 from mocosfl_jax.config import default_config
 from mocosfl_jax.config.stored import flat_fields
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.evaluate import options as evaluate
-from mocosfl_jax.evaluation.numbers import FAMILIES, NUMBERS, number_of
-
-Fields = dict[str, Any]
-"""Values of config fields by name; a field of a section is named `section.field`."""
-
-METRICS = "metrics"
-"""In place of a field, in `sweep.columns`: each number is a column."""
+from mocosfl_jax.sweep.checks import (
+    METRICS,
+    Fields,
+    check_columns,
+    check_commands,
+    check_made,
+    check_more,
+    check_places,
+    check_unset,
+    check_values,
+    text_of,
+)
 
 
 def default_sweep(method: str = "mocosfl") -> ConfigDict:
@@ -69,12 +70,13 @@ def default_sweep(method: str = "mocosfl") -> ConfigDict:
     # Further commands for some cells, chosen as for `more_fields`:
     # `({"variant": ("MocoSFL-1",), "commands": ("mocosfl_jax.attack --name=N8C64",)},)`.
     sweep.more_commands = ()
-    # Field whose values are the columns of the report and the x axis of its plot; or `metrics`: a
-    # column a number, a row a cell of the grid.
-    sweep.columns = "num_clients"
+    # Field whose values are the columns of the report and the x axis of its plot, `seed` or one
+    # that varies; or `metrics`: a column a number, a row a cell of the grid. Rule: `num_clients`
+    # where it varies, else the first field of the grid, else `metrics`.
+    sweep.columns = placeholder(str)
     # Numbers in the report's table and plot, by their name in summary.json: `knn_top1`,
     # `transfer/svhn/knn_top1`; those of an attack by `attack/NAME/` and their name in attack.json:
-    # `attack/N4C64/mse_ratio`.
+    # `attack/N4C64/mse_ratio`. A command of the sweep must make those of an attack or a transfer.
     sweep.metrics = ("linear_top1", "knn_top1")
     # Two numbers, x and y of a further plot with a point for each row and column of the table:
     # `("attack/N4C64/mse_ratio", "linear_top1")`. Empty: no such plot.
@@ -110,7 +112,7 @@ class Run:
     @property
     def name(self) -> str:
         """Name of its folder, made from what tells it from the others: `num_clients=50,seed=1`."""
-        parts = [f"{name}={_text(value)}" for name, value in self.cell.items()]
+        parts = [f"{name}={text_of(value)}" for name, value in self.cell.items()]
         parts.append(f"seed={self.seed}")
         if self.variant:
             parts.insert(0, self.variant)
@@ -119,7 +121,7 @@ class Run:
     @property
     def arguments(self) -> list[str]:
         """Its command line for `mocosfl_jax.main`, without the folder."""
-        settings = [f"--config.{name}={_text(value)}" for name, value in self.overrides.items()]
+        settings = [f"--config.{name}={text_of(value)}" for name, value in self.overrides.items()]
         return ["--config", self.base, *settings]
 
 
@@ -134,7 +136,7 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
     Args: sweep: from `default_sweep`.
     Raises: InputError: a field that does not exist, is set twice or lacks its value.
     """
-    _check_values(sweep)
+    check_values(sweep)
     known = flat_fields(sweep.fixed.to_dict()).keys()
     fixed = _set_fields(sweep.fixed)
     grid = _set_fields(sweep.grid)
@@ -144,16 +146,17 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
         if base is None:
             where = f"config.variants[{name!r}].base" if name else "config.base"
             raise InputError(where, None, "the config file of the runs is needed")
-    _check_places(fixed, grid, variants)
-    _check_unset(sweep.unset, known, [("fixed", fixed), ("grid", grid), *variants.items()])
+    check_places(fixed, grid, variants)
+    check_unset(sweep.unset, known, [("fixed", fixed), ("grid", grid), *variants.items()])
     for name in ("fields", "seeds", "commands"):
-        _check_more(sweep, name, grid)
+        check_more(sweep, name, grid)
+    check_columns(sweep, grid, variants)
     ranked = []
     for variant, fields in variants.items():
         for cell in _cells(grid):
             chosen = {"variant": variant, **cell}
             seeds, commands = (_listed(sweep, name, chosen) for name in ("seeds", "commands"))
-            _check_commands(commands)
+            check_commands(commands)
             more = _more_fields(sweep, chosen, {**fixed, **grid, **fields}, known)
             for rank, seed in enumerate(seeds):
                 overrides = {**dict.fromkeys(sweep.unset), **fixed, **fields, **cell, **more}
@@ -161,7 +164,15 @@ def expand(sweep: ConfigDict) -> dict[str, Run]:
                 ranked.append((rank, run))
     if not ranked:
         raise InputError("config.seeds", sweep.seeds, "at least one seed is needed")
+    check_made(sweep, [command for _, run in ranked for command in run.commands])
     return {run.name: run for _, run in sorted(ranked, key=lambda pair: pair[0])}
+
+
+def columns_of(sweep: ConfigDict) -> str:
+    """`sweep.columns`, by its rule where it is unset."""
+    grid = list(_set_fields(sweep.grid))
+    first = "num_clients" if "num_clients" in grid else next(iter(grid), METRICS)
+    return first if sweep.columns is None else sweep.columns
 
 
 # --------------------------------------------------------------------------------------- fields
@@ -239,119 +250,3 @@ def _extras(sweep: ConfigDict, name: str, cell: Fields) -> Iterator[Any]:
     for extra in sweep[f"more_{name}"]:
         if all(cell[field] in values for field, values in extra.items() if field != name):
             yield extra[name]
-
-
-def _text(value: Any) -> str:
-    return str(value).replace(" ", "") if isinstance(value, tuple | list) else str(value)
-
-
-# --------------------------------------------------------------------------------------- checks
-
-
-def check_metrics(metrics: Iterable[str], where: str = "config.metrics") -> None:
-    """Raises: InputError: a name that is no number of a run, of a transfer or of an attack."""
-    for name in metrics:
-        try:
-            number_of(name)
-        except KeyError:
-            family = name.split("/")[0]
-            prefix = f"{family}/NAME/" if family in FAMILIES else ""
-            one = ", ".join(FAMILIES.get(family, NUMBERS))
-            raise InputError(where, name, f"{prefix}one of {one} is needed") from None
-
-
-def check_scatter(scatter: Sequence[str]) -> None:
-    """Raises: InputError: neither nothing nor two numbers."""
-    if len(scatter) not in (0, 2):
-        raise InputError("config.scatter", scatter, "two numbers, x and y, are needed, or none")
-    check_metrics(scatter, "config.scatter")
-
-
-def _check_values(sweep: ConfigDict) -> None:
-    """Each field of the sweep by itself."""
-    if sweep.methods is not None:
-        allowed = "a sweep names its variants in config.variants"
-        raise InputError("config.methods", sweep.methods, allowed)
-    for name in sweep:
-        if sweep[name] is None and name not in ("base", "methods", "columns"):
-            raise InputError(f"config.{name}", None, "a value is needed")
-    if sweep.columns not in {"seed", METRICS, *flat_fields(sweep.fixed.to_dict())}:
-        allowed = f"a field of the runs, or {METRICS}, is needed"
-        raise InputError("config.columns", sweep.columns, allowed)
-    if len(set(sweep.seeds)) < len(sweep.seeds):
-        raise InputError("config.seeds", sweep.seeds, "each seed once")
-    check_metrics(sweep.metrics)
-    check_scatter(sweep.scatter)
-
-
-def _check_places(fixed: Fields, grid: Fields, variants: dict[str, Fields]) -> None:
-    """Each field of a run has values and is set in one place."""
-    for name, values in grid.items():
-        if not values:
-            raise InputError(f"config.grid.{name}", values, "at least one value is needed")
-        if len(set(map(_text, values))) < len(values):
-            raise InputError(f"config.grid.{name}", values, "each value once")
-        if name in fixed:
-            raise InputError(f"config.fixed.{name}", fixed[name], "set in config.grid too")
-    for variant, fields in variants.items():
-        for name, value in fields.items():
-            for place, others in (("fixed", fixed), ("grid", grid)):
-                if name in others:
-                    where = f"config.variants[{variant!r}].{name}"
-                    raise InputError(where, value, f"set in config.{place} too")
-
-
-def _check_unset(
-    names: Iterable[str], known: Collection[str], places: Sequence[tuple[str, Fields]]
-) -> None:
-    """Args: places: parts of the sweep and variants, each with the fields that it sets."""
-    for name in names:
-        if name not in known:
-            raise InputError("config.unset", name, "a field of the runs is needed")
-        for place, fields in places:
-            if name in fields:
-                raise InputError("config.unset", name, f"set in {place} too")
-
-
-def _check_more(sweep: ConfigDict, name: str, grid: Fields) -> None:
-    """`more_fields`, `more_seeds` or `more_commands`. Args: name: without `more_`."""
-    example_of = {"fields": {"cohort_size": 5}, "seeds": (1,), "commands": ("...",)}
-    for extra in sweep[f"more_{name}"]:
-        kinds = {name: dict if name == "fields" else tuple | list}
-        typed = isinstance(extra, dict) and all(
-            isinstance(value, kinds.get(field, tuple | list)) for field, value in extra.items()
-        )
-        if not typed or name not in extra or extra.keys() - grid.keys() - {name, "variant"}:
-            example = {"num_clients": (10, 50), name: example_of[name]}
-            allowed = f"fields of config.grid, or variant, and {name}: {example}"
-            raise InputError(f"config.more_{name}", extra, allowed)
-
-
-_ARGUMENTS = {
-    "mocosfl_jax.attack": attack.check_arguments,
-    "mocosfl_jax.evaluate": evaluate.check_arguments,
-}
-"""Checks of the arguments of the package's own commands."""
-
-
-def _check_commands(commands: Iterable[Any]) -> None:
-    for command in commands:
-        if not _can_follow(command):
-            allowed = "a module that exists and its options, without --workdir, are needed"
-            raise InputError("config.commands", command, allowed)
-        module, *options = shlex.split(command)
-        if module in _ARGUMENTS:
-            try:
-                _ARGUMENTS[module](options)
-            except InputError as error:
-                raise InputError("config.commands", command, str(error)) from None
-
-
-def _can_follow(command: Any) -> bool:
-    """Whether it names a module, and leaves the folder of the run open."""
-    try:
-        module, *options = shlex.split(command)
-        found = importlib.util.find_spec(module) is not None
-    except (AttributeError, ImportError, TypeError, ValueError):  # whatever is no such text
-        return False
-    return found and not any(option.split("=")[0] == "--workdir" for option in options)

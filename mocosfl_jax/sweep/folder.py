@@ -16,8 +16,9 @@ from mocosfl_jax.config import Config
 from mocosfl_jax.config.stored import config_from_json, differences, flat_fields, to_json
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.storage import read_json, write_json
-from mocosfl_jax.run.workdir import hold
-from mocosfl_jax.sweep.definition import Fields, Run
+from mocosfl_jax.run.workdir import CONFIG_FILE, SWEEP_FILE, hold
+from mocosfl_jax.sweep.checks import Fields
+from mocosfl_jax.sweep.definition import Run, columns_of
 
 _FORMER_DEFAULTS_OF_0_1 = {
     "holdout_fraction": 0.1,
@@ -65,8 +66,14 @@ class SweepFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(os.path.expanduser(path)).absolute()
-        self.definition_path = self.path / "sweep.json"
+        self.definition_path = self.path / SWEEP_FILE
         self.slurm_path = self.path / "slurm"
+
+    def check_place(self) -> None:
+        """Raises: InputError: it is the folder of a run."""
+        if (self.path / CONFIG_FILE).exists():
+            allowed = "a run lies here: another folder is needed"
+            raise InputError("--workdir", str(self.path), allowed)
 
     def hold(self) -> TextIO:
         """Raises: InputError: the folder cannot be written, or another process runs the sweep."""
@@ -92,7 +99,7 @@ class SweepFolder:
 
         Raises: InputError: a file that cannot be read.
         """
-        path = self.run_path(name) / "config.json"
+        path = self.run_path(name) / CONFIG_FILE
         return config_from_json(read_json(path), str(path)) if path.exists() else None
 
     def record_command(self, name: str, command: str) -> None:
@@ -116,7 +123,7 @@ class SweepFolder:
         for name in [name for name in stored if name in runs]:
             self._check_config(name, stored[name]["config"], configs[name])
         definition = {
-            "columns": sweep.columns,
+            "columns": columns_of(sweep),
             "metrics": sweep.metrics,
             "scatter": sweep.scatter,
             "runs": {name: _described(run, configs[name]) for name, run in runs.items()},

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mocosfl_jax.evaluation.numbers import number_of
-from mocosfl_jax.sweep.definition import METRICS
+from mocosfl_jax.sweep.checks import METRICS
 from mocosfl_jax.sweep.table import Cell, Table
 
 if TYPE_CHECKING:

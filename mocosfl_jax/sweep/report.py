@@ -17,7 +17,8 @@ from mocosfl_jax.evaluation.numbers import (
 )
 from mocosfl_jax.run.storage import StorageError, write_text
 from mocosfl_jax.run.summary import by_transfer
-from mocosfl_jax.sweep.definition import METRICS, check_metrics, check_scatter, counted
+from mocosfl_jax.sweep.checks import METRICS, check_metrics, check_scatter
+from mocosfl_jax.sweep.definition import counted
 from mocosfl_jax.sweep.folder import Record, SweepFolder
 from mocosfl_jax.sweep.plots import plot, scatter
 from mocosfl_jax.sweep.table import Cell, Table, cell_of, plain, tabulate, unique

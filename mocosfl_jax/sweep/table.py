@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mocosfl_jax.evaluation.numbers import number_of
-from mocosfl_jax.sweep.definition import METRICS
+from mocosfl_jax.sweep.checks import METRICS
 from mocosfl_jax.sweep.folder import Record
 
 _FIELD_LABELS = {"num_clients": "number of clients"}
