@@ -271,7 +271,7 @@ def test_the_field_that_is_too_large_is_named(field, fields):
 def test_one_thing_is_not_several():
     with pytest.raises(InputError, match="rounds of 1 step follow"):
         resolved(epochs=2**31 - 1, steps_per_round=1)
-    with pytest.raises(InputError, match=r"one step and client brings 1 key$"):
+    with pytest.raises(InputError, match=r"each of which brings 1 key a step: at least 100$"):
         resolved(queue_length=1, feature_sharing=False, loss="one_way")
 
 

@@ -97,7 +97,7 @@ def test_a_run_resumes_on_another_number_of_devices(before, after, npz, one, tmp
 @pytest.mark.parametrize(
     ("devices", "shards", "message"),
     [
-        (9, 1, "config.devices = 9: there are 8: 1 to 8"),
+        (9, 1, "config.devices = 9: at most 8, as many as there are"),
         (6, 4, "config.server_shards = 4: a divisor of the 6 devices is needed"),
         (None, 3, "config.server_shards = 3: a divisor of the 8 devices is needed"),
     ],

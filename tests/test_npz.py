@@ -130,6 +130,7 @@ def test_bad_npz_names_file_and_array(tmp_path, arrays, where, words):
     dataset = write_npz(tmp_path / "bad.npz", **arrays)
     with pytest.raises(InputError) as error:
         inspect(dataset)
+    assert str(error.value).startswith(f"config.dataset = 'npz:{tmp_path}/bad.npz': ")
     for word in (f"{tmp_path}/bad.npz{where} = ", *words):
         assert word in str(error.value)
 
@@ -245,5 +246,6 @@ def test_file_that_is_no_npz(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.npz = "):
         inspect(f"npz:{tmp_path}/a.npz")
-    with pytest.raises(InputError, match=r"b\.npz = "):
+    missing = rf"^config\.dataset = 'npz:{tmp_path}/b\.npz': an existing file is needed$"
+    with pytest.raises(InputError, match=missing):
         inspect(f"npz:{tmp_path}/b.npz")

@@ -26,7 +26,7 @@ SUMMARY = {
 def test_the_table_at_the_end_of_a_run():
     """A share p of n images has the standard error sqrt(p (1 - p) / n)."""
     assert results_table(SUMMARY).splitlines() == [
-        "40 steps in 01:01, 12 images/s",
+        "40 steps in 01:01, 12 images/s while training",
         "top-1 % ± standard error, 2,000 test images:",
         "  kNN of raw pixels, at most 32x32    9.50 ± 0.66",
         "  kNN                                50.00 ± 1.12",
@@ -73,7 +73,9 @@ def test_a_transfer_that_is_none(tmp_path, name, value):
 
 def test_a_run_without_labels_has_no_table():
     accuracies = dict.fromkeys((name for name in SUMMARY if "top1" in name), None)
-    assert results_table({**SUMMARY, **accuracies}) == "40 steps in 01:01, 12 images/s"
+    assert (
+        results_table({**SUMMARY, **accuracies}) == "40 steps in 01:01, 12 images/s while training"
+    )
     assert results_table({"steps": 40, "wall_seconds": 61.0}) == "40 steps in 01:01"
 
 

@@ -115,7 +115,7 @@ def _check_companions(config: Config) -> None:
 def _check_network(config: Config) -> None:
     """The backbone, cut and bottleneck; unset fields pass."""
     try:
-        check_network(network_of(config), config.cut or 1)
+        check_network(network_of(config), 1 if config.cut is None else config.cut)
     except NetworkError as error:
         value = getattr(config, error.field)
         raise InputError(f"config.{error.field}", value, error.allowed) from None

@@ -149,7 +149,7 @@ class Config:
     # Units on the client, 1 (the stem; MocoSFL-1) to all of them; 2 is the paper's MocoSFL-3. A
     # unit is a residual block of a ResNet or MobileNetV2, or a convolution or pooling of a VGG.
     # Rule: 1.
-    cut: Annotated[int, FROM_1, BY_METHOD] = RULE
+    cut: Annotated[int, BY_METHOD] = RULE
     # Pair of convolutions that narrows the transmitted latents: `C{channels}S{stride}` with stride
     # 1, 2 or 4, or `none`. Rule: `none`.
     bottleneck: Annotated[str, BY_METHOD] = RULE

@@ -110,11 +110,23 @@ def prepare(request: Request) -> Prepared:
     else in the file is ignored.
 
     Raises:
-        InputError: not an npz file, no x_train, a wrong shape, dtype, length or label, a header
-            that does not fit its data, labels that do not fit memory; images of two sizes, unless
-            `image_size` is set.
+        InputError: no file, not an npz file, no x_train, a wrong shape, dtype, length or label, a
+            header that does not fit its data, labels that do not fit memory; images of two sizes,
+            unless `image_size` is set.
     """
-    file = _File(Path(os.path.expanduser(request.location)))
+    path = Path(os.path.expanduser(request.location))
+    if not os.path.exists(path):
+        raise InputError("config.dataset", request.dataset, "an existing file is needed")
+    try:
+        return _prepare(_File(path), request)
+    except InputError as error:
+        if str(error).startswith("config."):
+            raise
+        raise InputError("config.dataset", request.dataset, str(error)) from None
+
+
+def _prepare(file: _File, request: Request) -> Prepared:
+    """Raises: InputError: names the file, or a field."""
     _check_images(file, "x_train")
     has_test = "x_test" in file.headers
     if has_test:

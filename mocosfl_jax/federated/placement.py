@@ -232,7 +232,7 @@ def make_placement(devices: int | None, server_shards: int) -> Placement:
     found = jax.devices()
     count = len(found) if devices is None else devices
     if count > len(found):
-        raise InputError("config.devices", devices, f"there are {len(found)}: 1 to {len(found)}")
+        raise InputError("config.devices", devices, f"at most {len(found)}, as many as there are")
     if jax.process_count() > 1 and count < len(found):
         raise InputError("config.devices", devices, "several processes use all: unset")
     if count % server_shards:

@@ -37,7 +37,7 @@ def parse_bottleneck(text: str) -> BottleneckShape | None:
         return None
     match = re.fullmatch(r"C([1-9]\d*)S([124])", text)
     if match is None:
-        raise ValueError(f"{text!r} is not 'none' or C<channels>S<1, 2 or 4>, for example C4S2")
+        raise ValueError("none or C<channels>S<1, 2 or 4>, for example C4S2, is needed")
     return BottleneckShape(int(match[1]), int(match[2]))
 
 

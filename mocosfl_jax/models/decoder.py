@@ -41,7 +41,7 @@ def parse_decoder(text: str) -> DecoderShape:
     match = re.fullmatch(r"(res_norm|conv_norm)N(0|[1-9]\d{0,3})C([1-9]\d{0,3})", text)
     if match is None:
         names = "res_normN<blocks>C<channels> or conv_normN<blocks>C<channels>"
-        raise ValueError(f"{text!r} is not {names}, for example res_normN4C64")
+        raise ValueError(f"{names} with 0 to 9999 blocks and 1 to 9999 channels is needed")
     return DecoderShape(match[1], int(match[2]), int(match[3]))
 
 

@@ -22,6 +22,10 @@ class NoPeek:
     def init(self, key: jax.Array) -> tuple[()]:
         return ()
 
+    def working_set(self, pixels: jax.ShapeDtypeStruct, latents: jax.ShapeDtypeStruct) -> tuple[()]:
+        """Nothing that counts: a few numbers for each pair of rows; see `ExtraGradient`."""
+        return ()
+
     def __call__(
         self,
         state: tuple[()],

@@ -4,6 +4,7 @@ The client trains a decoder against its own latents, as a server that inverts th
 its model away from what that decoder sees.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -90,14 +91,7 @@ class SimulatedAttacker:
         rows = mask.sum(dtype=jnp.float32)
         learned = self._learn(state, pixels, latents, mask, progress)
         state = jax.tree.map(lambda new, old: jnp.where(rows > 0, new, old), learned, state)
-
-        def term(latents: jax.Array) -> tuple[jax.Array, jax.Array]:
-            variables = _variables(state.params, state.stats)
-            images = cast(jax.Array, self.decoder.apply(variables, latents, mask, False))
-            mean = _mean(ssim(images, pixels), mask)
-            return self.alpha * jnp.maximum(mean - self.threshold, 0.0), mean
-
-        gradient, mean = jax.grad(term, has_aux=True)(latents)
+        gradient, mean = jax.grad(self._term, has_aux=True)(latents, state, pixels, mask)
         counts = (rows > 0).astype(jnp.float32)
         above = jnp.where(mean > self.threshold, counts, 0.0)
         metrics = {
@@ -105,6 +99,46 @@ class SimulatedAttacker:
             "attacker_above_threshold": (above, counts),
         }
         return gradient, state, metrics
+
+    def working_set(self, pixels: jax.ShapeDtypeStruct, latents: jax.ShapeDtypeStruct) -> Any:
+        """Shapes of what exists beside the state, see `ExtraGradient`: the attacker's gradient and
+        next state, and what the larger of the two backward passes keeps, which follow each other.
+        """
+
+        def learning(state: AttackerState, pixels: jax.Array, latents: jax.Array) -> Any:
+            rest = (state.stats, pixels, latents, jnp.ones(len(pixels), bool))
+            return jax.vjp(lambda params: self._loss(params, *rest), state.params, has_aux=True)[1]
+
+        def shown(state: AttackerState, pixels: jax.Array, latents: jax.Array) -> Any:
+            rest = (state, pixels, jnp.ones(len(pixels), bool))
+            return jax.vjp(lambda latents: self._term(latents, *rest), latents, has_aux=True)[1]
+
+        state = jax.eval_shape(self.init, jax.random.key(0))
+        kept = (jax.eval_shape(part, state, pixels, latents) for part in (learning, shown))
+        return max(kept, key=_bytes), state.params, state
+
+    def _loss(
+        self,
+        params: Params,
+        stats: Params,
+        pixels: jax.Array,
+        latents: jax.Array,
+        mask: jax.Array,
+    ) -> tuple[jax.Array, Params]:
+        """Of the attacker in training, and its new running statistics."""
+        images, updated = self.decoder.apply(
+            _variables(params, stats), latents, mask, True, mutable=["batch_stats"]
+        )
+        return -_mean(ssim(images, pixels), mask), updated.get("batch_stats", {})
+
+    def _term(
+        self, latents: jax.Array, state: AttackerState, pixels: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What is added to the client's loss, and the mean SSIM."""
+        variables = _variables(state.params, state.stats)
+        images = cast(jax.Array, self.decoder.apply(variables, latents, mask, False))
+        mean = _mean(ssim(images, pixels), mask)
+        return self.alpha * jnp.maximum(mean - self.threshold, 0.0), mean
 
     def _learn(
         self,
@@ -115,14 +149,8 @@ class SimulatedAttacker:
         progress: jax.Array,
     ) -> AttackerState:
         """The attacker after its step."""
-
-        def loss(params: Params) -> tuple[jax.Array, Params]:
-            images, updated = self.decoder.apply(
-                _variables(params, state.stats), latents, mask, True, mutable=["batch_stats"]
-            )
-            return -_mean(ssim(images, pixels), mask), updated.get("batch_stats", {})
-
-        grads, stats = jax.grad(loss, has_aux=True)(state.params)
+        gradient = jax.grad(self._loss, has_aux=True)
+        grads, stats = gradient(state.params, state.stats, pixels, latents, mask)
         rate = self.learning_rate * _rate_factor(progress)
         # Adam's bias correction raises a float to an int32: not allowed where promotion is strict.
         with jax.numpy_dtype_promotion("standard"):
@@ -138,6 +166,10 @@ def _rate_factor(progress: jax.Array) -> jax.Array:
 
 def _variables(params: Params, stats: Params) -> dict[str, Params]:
     return {"params": params, "batch_stats": stats}
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _mean(x_B: jax.Array, mask_B: jax.Array) -> jax.Array:

@@ -5,8 +5,6 @@ from typing import Any
 
 import jax
 
-Totals = dict[str, tuple[jax.Array, jax.Array]]
-
 
 @dataclass(frozen=True)
 class Together:
@@ -21,6 +19,10 @@ class Together:
         keys = jax.random.split(key, len(self.parts))
         return tuple(part.init(own) for part, own in zip(self.parts, keys, strict=True))
 
+    def working_set(self, pixels: jax.ShapeDtypeStruct, latents: jax.ShapeDtypeStruct) -> Any:
+        """Shapes of what exists beside the state; see `ExtraGradient`."""
+        return [part.working_set(pixels, latents) for part in self.parts]
+
     def __call__(
         self,
         state: tuple[Any, ...],
@@ -29,7 +31,7 @@ class Together:
         mask: jax.Array,
         key: jax.Array,
         progress: jax.Array,
-    ) -> tuple[jax.Array, tuple[Any, ...], Totals]:
+    ) -> tuple[jax.Array, tuple[Any, ...], dict[str, tuple[jax.Array, jax.Array]]]:
         """The gradient by the latents; see `ExtraGradient`."""
         keys = jax.random.split(key, len(self.parts))
         results = [

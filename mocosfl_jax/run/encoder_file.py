@@ -107,17 +107,26 @@ def _sections_of(config: Config) -> dict[str, dict[str, Any]]:
     }
 
 
-def read_encoder(path: str | Path, headless: bool = False) -> EncoderFile:
+def read_encoder(path: str | Path, headless: bool = False, field: str | None = None) -> EncoderFile:
     """Reads the encoder of a run, of this version or an earlier one.
 
     Args:
       path: a run's folder, or an `encoder.safetensors` file.
       headless: whether the file may lack the head.
+      field: of the config that has the path, which errors name; None: they name the file.
     Raises: InputError: there is none, it is damaged, or only a newer version can read it.
     """
     file = file_of(path)
+
+    def refused(found: str, allowed: str) -> InputError:
+        return (
+            InputError(str(file), found, allowed)
+            if field is None
+            else InputError(field, str(path), f"{file} is {found}: {allowed}")
+        )
+
     if os.path.exists(file) and not os.path.isfile(file):  # a pipe would keep us waiting
-        raise InputError(str(file), "no regular file", "an encoder file is needed")
+        raise refused("no regular file", "an encoder file is needed")
     try:
         with safe_open(file, framework="numpy") as stored:
             description = _description_in(stored.metadata())
@@ -130,11 +139,11 @@ def read_encoder(path: str | Path, headless: bool = False) -> EncoderFile:
         model = model_of(config)
         variables = _arrange(tensors, model, _HEAD if headless else None)
     except FileNotFoundError:
-        raise InputError(str(file), "missing", "a run writes it with its checkpoints") from None
+        raise refused("missing", "a run writes it with its checkpoints") from None
     except Exception as error:  # of safetensors, JSON, checks, or JAX tracing what cannot be
         reason = str(error) or type(error).__name__
         allowed = f"an encoder of this version or an earlier one is needed: {reason}"
-        raise InputError(str(file), "unusable", allowed) from error
+        raise refused("unusable", allowed) from error
     return EncoderFile(config, model, variables, description.step, headless)
 
 

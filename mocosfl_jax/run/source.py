@@ -57,7 +57,7 @@ def load_source(config: Resolved) -> Source:
       other weights than `init_digest` says.
     """
     assert config.init_from is not None, "only then is there a source"
-    found = read_encoder(config.init_from, headless=True)
+    found = read_encoder(config.init_from, headless=True, field="config.init_from")
     fields = _NETWORK if found.headless or config.init_parts == "client" else _NETWORK + _HEAD
     changed = [
         f"{name} {getattr(found.config, name)!r} -> {getattr(config, name)!r}"

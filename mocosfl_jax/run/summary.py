@@ -140,7 +140,7 @@ def results_table(summary: Summary) -> str:
     """The end of a run in a few lines: the most important number last, then notes on them."""
     lines = [f"{summary['steps']} steps in {tqdm.format_interval(summary['wall_seconds'])}"]
     if summary.get("images_per_second"):
-        lines[0] += f", {summary['images_per_second']:.0f} images/s"
+        lines[0] += f", {summary['images_per_second']:.0f} images/s while training"
     return "\n".join([*lines, *numbers_table(summary), *summary.get("notes", [])])
 
 

@@ -10,6 +10,7 @@ from mocosfl_jax.config.network import model_of
 from mocosfl_jax.config.ranges import ABOVE_0_TO_1, AT_LEAST_0, one_of
 from mocosfl_jax.config.recipe import Recipe
 from mocosfl_jax.data.dataset import DatasetInfo
+from mocosfl_jax.data.partition import ClientImages
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.learning.sgd import sgd
@@ -17,6 +18,9 @@ from mocosfl_jax.methods.local.learner import Learner
 from mocosfl_jax.methods.local.merge import MERGES, Average, FedEMA, FedU
 from mocosfl_jax.methods.local.method import LocalTraining
 from mocosfl_jax.methods.local.objectives import OBJECTIVES, Objective
+
+LEAST_IMAGES = 2
+"""Images of a client that can be compared with each other."""
 
 
 @dataclass(frozen=True)
@@ -120,18 +124,34 @@ def _check_rows(config: Resolved, info: DatasetInfo) -> None:
     """Contrast and BatchNorm compare the images of one client with each other."""
     section, objective = config.section(Local), _objective(config)
     if not objective.labels:
-        needed = f"objective {section.objective!r} compares images of one client: at least 2"
-        if config.images_a_step < 2:
+        least = f"at least {LEAST_IMAGES}"
+        needed = f"objective {section.objective!r} compares images of one client: {least}"
+        if config.images_a_step < LEAST_IMAGES:
             raise InputError("config.batch_size", config.batch_size, needed)
         if config.images_per_client == 1:
             raise InputError("config.images_per_client", 1, needed)
-        if config.images_per_client is None and info.num_train < 2 * config.num_clients:
+        if config.images_per_client is None and info.num_train < LEAST_IMAGES * config.num_clients:
             allowed = f"{needed} of the {info.num_train} each"
             raise InputError("config.num_clients", config.num_clients, allowed)
     keys = objective.views * config.images_a_step
     if objective.queue and keys > config.queue_length:
         allowed = f"a client brings {keys} keys a step: at least {keys}"
         raise InputError("config.queue_length", config.queue_length, allowed)
+
+
+def _check_holdings(config: Resolved, partition: ClientImages) -> None:
+    """Raises: InputError: a client that takes part has a single image to compare."""
+    if _objective(config).labels:
+        return
+    held = partition.sizes[partition.sizes > 0] + (config.mix_batch_size or 0)
+    if few := int((held < LEAST_IMAGES).sum()):
+        objective = config.section(Local).objective
+        clients = "1 client holds" if few == 1 else f"{few} clients hold"
+        found = f"objective {objective!r} compares images of one client, but {clients} a single one"
+        if config.dirichlet_alpha is None:
+            raise InputError("config.num_clients", config.num_clients, f"{found}: fewer clients")
+        ways = "a larger alpha, fewer config.num_clients or another config.seed"
+        raise InputError("config.dirichlet_alpha", config.dirichlet_alpha, f"{found}: {ways}")
 
 
 def _check_state(config: Resolved) -> None:
@@ -153,6 +173,7 @@ LOCAL = Recipe(
     build=build,
     rules=_rules,
     check=_check,
+    check_holdings=_check_holdings,
     sections={"local": Local},
     rate_by_round=True,
     memory_hints={"server": ("width", "a narrower network")},

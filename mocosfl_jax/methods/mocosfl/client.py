@@ -45,6 +45,13 @@ class ExtraGradient(Protocol):
     def init(self, key: jax.Array) -> Any:
         """The state before a client's first step."""
 
+    def working_set(self, pixels: jax.ShapeDtypeStruct, latents: jax.ShapeDtypeStruct, /) -> Any:
+        """Shapes of what exists beside the state during a call, for the estimate of memory: what
+        backward passes keep, gradients, a new state; a pytree of `jax.ShapeDtypeStruct`.
+
+        Args: pixels, latents: of a call.
+        """
+
     def __call__(
         self,
         state: Any,

@@ -54,11 +54,14 @@ def _check(config: Resolved, info: DatasetInfo) -> None:
 
 def _check_queue(config: Resolved) -> None:
     length, keys = queue_rows(config), keys_per_step(config)
-    owner = "step" if config.feature_sharing else "step and client"
-    if keys > length:
-        brought = "1 key" if keys == 1 else f"{keys} keys"
-        allowed = f"the queue has {length} rows but one {owner} brings {brought}"
-        raise InputError("config.queue_length", config.queue_length, allowed)
+    if keys <= length:
+        return
+    brought = "1 key" if keys == 1 else f"{keys} keys"
+    allowed = f"a step brings {brought}: at least {keys}"
+    if not config.feature_sharing:
+        clients = f"{config.num_clients} clients, each of which brings {brought} a step"
+        allowed = f"divided among {clients}: at least {keys * config.num_clients}"
+    raise InputError("config.queue_length", config.queue_length, allowed)
 
 
 def _check_client_state(config: Resolved) -> None:

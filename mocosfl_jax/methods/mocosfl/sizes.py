@@ -117,6 +117,11 @@ def stored_latents(method: "MocoSFL", slots: int) -> StoredLatents:
 
 def working_set(method: "MocoSFL", images: jax.ShapeDtypeStruct, slots: int) -> Tree:
     _, latents, pending = _one_client(method, images)
+    extra: Tree = ()
+    if method.client.extra_gradient is not None:
+        query: Any = latents.query
+        pixels = jax.ShapeDtypeStruct((query.shape[0], *images.shape[1:]), images.dtype)
+        extra = method.client.extra_gradient.working_set(pixels, query)
     variables = jax.eval_shape(method.model.init, jax.random.key(0))
     groups, width = slots if method.private_queues else 1, method.model.head.width
     rows, views = slots * latents.query.shape[0], 2 if method.server.loss.swapped else 1
@@ -139,7 +144,7 @@ def working_set(method: "MocoSFL", images: jax.ShapeDtypeStruct, slots: int) -> 
     )
     of_clients = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype),
-        (pending.backward, variables.client),
+        (pending.backward, variables.client, extra),
     )
     gradients = 2 if method.chunks > 1 else 1  # chunks add up theirs
     new_models = 2  # the online model and the key encoder, beside the old ones
