@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 
 LONGEST = 500
@@ -17,7 +18,8 @@ class InputError(ValueError):
 
     def __init__(self, where: str, value: object, allowed: str):
         """Args: where: config field (`config.cut`) or file; value: as found; allowed: what is."""
-        super().__init__(one_line(f"{where} = {_short(repr(value))}: {_short(allowed)}"))
+        text = f"{where} = {_short(repr(value))}: {_short(allowed)}"
+        super().__init__(one_line(re.sub(r" at 0x[0-9a-f]+", "", text)))  # of objects
 
 
 @contextlib.contextmanager

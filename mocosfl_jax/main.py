@@ -257,11 +257,12 @@ client parameters: {sizes.client_params:,}
 server parameters: {sizes.server_params:,}
 sent by a client in a round: {sizes.bytes_up_per_client_round / 1e6:.2f} MB
 received by a client in a round: {sizes.bytes_down_per_client_round / 1e6:.2f} MB{once}
-{step_line(config)} (its memory: python -m mocosfl_jax.costs)
 estimated memory: {one_memory if jax.default_backend() == "cpu" else on_device}"""
     )
     for note in facts.notes:
         print(note)
+    sys.stdout.flush()  # the next line takes its time
+    print(f"{step_line(config)}; its memory: python -m mocosfl_jax.costs")
 
 
 if __name__ == "__main__":

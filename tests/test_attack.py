@@ -200,9 +200,11 @@ def test_a_used_name_is_refused(run, capsys):
     ):
         assert attack(run, "--name=one", option) == 2
         error = capsys.readouterr().err
-        assert "--name = 'one': it holds another attack" in error and words in error
+        assert "--name = 'one': it holds an attack with other options" in error and words in error
         assert error.count("\n") == 1
     assert contents(run) == before
+    assert attack(run, "--name=one", "--step=7") == 2
+    assert "--step = 7: one of the saved steps 6, 9 is needed" in capsys.readouterr().err
 
 
 def test_the_images_of_a_client(run, saved):
@@ -259,12 +261,12 @@ def test_checkpoints_that_are_replaced_meanwhile(run, monkeypatch):
         ("--num_targets=0", "--num_targets = 0: a number from 1"),
         ("--auxiliary=nan", "--auxiliary = nan: a number in (0, 1]"),
         ("--auxiliary=0.1", "--auxiliary = 0.1: 6 of 60 training images, at least 10"),
-        ("--epochs=x", "command line = "),
+        ("--epochs=x", "--epochs = 'x': an integer is needed"),
         ("--learning_rate=0", "--learning_rate = 0.0: a number in (0, 1]"),
         ("--seed=-1", "--seed = -1: a number from 0"),
         ("--step=7", "--step = 7: one of the saved steps 6, 9 is needed"),
         ("--name=../x", "--name = '../x': a name of at most 100"),
-        ("--config.cut=2", "command line = "),
+        ("--config.cut=2", "--config.cut = '2': there is no such option"),
         ("word", "command line = 'word': options start with --"),
     ],
 )

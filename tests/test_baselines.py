@@ -129,6 +129,11 @@ def test_a_baseline_has_the_published_setting(name):
         ("fl_byol", {"batch_size": 1}, "config.batch_size = 1: objective 'byol' compares images"),
         ("fl_simclr", {"num_clients": 21}, "config.num_clients = 21: objective 'simclr' compares"),
         (
+            "fl_simclr",
+            {"num_clients": 12, "dirichlet_alpha": 0.3},
+            "config.dirichlet_alpha = 0.3: objective 'simclr' compares images of one client, but ",
+        ),
+        (
             "fl_simsiam",
             {"images_per_client": 1, "dirichlet_alpha": None},
             "config.images_per_client = 1: objective 'simsiam' compares images of one client",

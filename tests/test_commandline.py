@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from mocosfl_jax.config import Config, check_types
+from mocosfl_jax.errors import InputError
 from mocosfl_jax.main import main
 from mocosfl_jax.run.commandline import define_flags, parse
 from tests.test_recipe import Toy
@@ -56,7 +57,7 @@ def test_fields_of_every_type_can_be_unset():
         ("--config.num_clients=None", "config.num_clients = None: an integer is needed"),
         ("--config.dataset=None", "config.dataset = None: a string is needed"),
         ("--config.tensorboard=None", "config.tensorboard = None: True or False is needed"),
-        ("--config.no_such_field=None", "no such field: \"'no_such_field'\""),
+        ("--config.no_such_field=None", "config.no_such_field = 'None': there is no such field\n"),
     ],
 )
 def test_a_field_that_cannot_be_unset_is_named(capsys, override, words):
@@ -144,9 +145,15 @@ def test_fields_of_a_section_are_flags(toy_file):
     ("override", "words"),
     [
         ("--config.toy.rate=1.5", "config.toy.rate = 1.5: a number in [0, 1) is needed"),
-        ("--config.toy.rate=fast", "could not convert string to float: 'fast'"),
-        ("--config.toy.rates=1", "no such field"),
-        ("--config.toy=1", "'1' as a ConfigDict"),
+        ("--config.toy.rate=fast", "config.toy.rate = 'fast': a number is needed"),
+        (
+            "--config.toy.rates=1",
+            "config.toy.rates = '1': there is no such field; did you mean rate?",
+        ),
+        (
+            "--config.toy=1",
+            "config.toy = '1': this is a section: set a field of it, --config.toy.FIELD",
+        ),
         ("--config.cut=2", "config.cut = 2: method 'tests.test_recipe:TOY' does not read it"),
     ],
 )
@@ -154,10 +161,51 @@ def test_a_section_that_cannot_hold_is_one_line(capsys, toy_file, override, word
     assert words in refused(capsys, "--config", toy_file, override)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("--config.mean=(1,",), "config.mean = '(1,': "),
+        (("--config.blocks_per_stage=(1,",), "config.blocks_per_stage = '(1,': a tuple such as"),
+        (("--config.cut=2", "--config.cut=1e3"), "config.cut = '1e3': an integer is needed"),
+        (("--config.tensorboard=maybe",), "config.tensorboard = 'maybe': True or False is needed"),
+        (("--config.cut.deep=1",), "config.cut.deep = '1': config.cut has no fields"),
+        (("--config.resfl.alpha=1",), "config.resfl.alpha = '1': there is no such field; did you"),
+        (("--work_dir=x",), "--work_dir = 'x': there is no such option; did you mean --workdir?"),
+        (("--config.=1",), "fields are set by --config.FIELD=VALUE"),
+    ],
+)
+def test_what_cannot_be_parsed_is_named_in_plain_words(capsys, overrides, words):
+    assert words in refused(capsys, "--config", QUICKSTART, *overrides)
+
+
+def test_a_value_that_is_missing():
+    with pytest.raises(InputError, match=r"config\.cut = None: a value is needed: --config\.cut=V"):
+        parsed("--config.cut")
+
+
+def test_an_override_needs_its_config_file(capsys):
+    line = refused(capsys, "--config.cut=1")
+    assert "--config = None: a config file is needed, as --config.cut changes a field" in line
+
+
+def test_the_config_of_a_sweep_is_no_runs(capsys):
+    sweep = str(Path(QUICKSTART).parent / "sweeps" / "client_count.py")
+    assert f"--config = '{sweep}': a run's config is needed; this" in refused(
+        capsys, "--config", sweep, "--config.cut=1"
+    )
+
+
+def test_objects_have_no_address_in_a_message():
+    error = InputError("config.local", object(), f"not {object()}")
+    assert str(error) == "config.local = <object object>: not <object object>"
+
+
 def test_a_method_of_ones_own_is_chosen_on_the_command_line(capsys):
     own = "--config.method=tests.test_recipe:TOY"
     assert parsed(own).section(Toy) == Toy()  # the file has no sections
-    assert "no such field" in refused(capsys, "--config", QUICKSTART, "--config.toy.rate=0.25")
+    assert "there is no such field" in refused(
+        capsys, "--config", QUICKSTART, "--config.toy.rate=0.25"
+    )
 
 
 def test_fields_that_a_rule_fills_know_their_type(capsys):

@@ -26,7 +26,7 @@ def test_a_name_is_read(text, shape):
              "res_normN4C64 ", "res_normN-1C4", "res_normN4C10000", "RES_NORMN4C64"]
 )  # fmt: skip
 def test_a_name_that_cannot_be_read(text):
-    with pytest.raises(ValueError, match="for example res_normN4C64"):
+    with pytest.raises(ValueError, match="0 to 9999 blocks and 1 to 9999 channels"):
         parse_decoder(text)
 
 

@@ -133,7 +133,7 @@ def test_code_of_extending_runs(tmp_path, monkeypatch):
     assert (info.num_train, info.num_test, info.num_classes) == (54, 6, 3)
 
 
-def test_the_method_of_extending_is_run_by_its_command(tmp_path, monkeypatch):
+def test_the_method_of_extending_is_run_by_its_command(tmp_path, monkeypatch, capsys):
     """Its module, its config file and its command are as the page has them, on tiny images."""
     *_, method, config = blocks_of_extending()
     (tmp_path / "my_methods").mkdir()
@@ -148,6 +148,8 @@ def test_the_method_of_extending_is_run_by_its_command(tmp_path, monkeypatch):
     npz = tiny.write_npz(tmp_path / "images.npz")
     tiny_flags = [f"--config.{name}={value}" for name, value in fields.items()]
     argv = ["main", *shlex.split(line), f"--config.dataset=npz:{npz}", *tiny_flags]
+    assert main([*argv, "--dry_run", "--config.head_width=2"]) == 2
+    assert "config.head_width = 2: one score a class is needed" in capsys.readouterr().err
     assert main(argv) == 0
     stored = json.loads((tmp_path / "runs/softstart/config.json").read_text())
     assert stored["method"] == "my_methods.softstart:SOFTSTART"

@@ -270,7 +270,7 @@ def test_a_signal_ends_it_with_nothing_written(run, monkeypatch, capfd, number):
         (["--dataset=folder:/"], "--name = '': a name of at most 100"),
         (["--name=x"], "--name = 'x': --dataset is not given"),
         (["--test_split=x"], "--test_split = 'x': --dataset is not given"),
-        (["--config.knn_k=3"], "command line = "),
+        (["--config.knn_k=3"], "--config.knn_k = '3': there is no such option"),
         (["word"], "command line = 'word': options start with --"),
     ],
 )

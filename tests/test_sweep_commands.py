@@ -232,7 +232,7 @@ def test_a_dry_run_shows_them(sweep, capsys):
             ("mocosfl_jax.attack --decoder=N4",),
             "'mocosfl_jax.attack --decoder=N4': --decoder",
         ),
-        ("commands", ("mocosfl_jax.attack --decodr=x",), "Unknown command line flag 'decodr'"),
+        ("commands", ("mocosfl_jax.attack --decodr=x",), "--decodr = 'x': there is no such option"),
         (
             "commands",
             ("mocosfl_jax.evaluate --protocols=knm",),

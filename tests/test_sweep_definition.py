@@ -249,7 +249,7 @@ def cifar10(name, **_) -> Prepared:
         ("unset", ("num_clients",), ["config.unset", "num_clients", "set in grid too"]),
         ("unset", ("train_split", "momentum"), ["config.momentum = None: a number is needed"]),
         ("metrics", None, ["config.metrics", "None"]),
-        ("grid.cut", (1, 1.5), ["--config.cut=1.5"]),
+        ("grid.cut", (1, 1.5), ["config.cut = '1.5': an integer is needed (run cut=1.5"]),
         ("fixed.num_clients", 3, ["config.fixed.num_clients", "3", "config.grid"]),
         ("fixed.seed", 3, ["seed"]),
         ("seeds", (), ["config.seeds", "at least one"]),
@@ -273,7 +273,7 @@ def cifar10(name, **_) -> Prepared:
         ("base", "nowhere.py", ["config.base = 'nowhere.py': an existing config file"]),
         ("seeds", (0, 0, 1), ["config.seeds = (0, 0, 1): each seed once"]),
         ("grid.cut", (1, 1), ["config.grid.cut = (1, 1): each value once"]),
-        ("fixed.width", "wide", ["command line = '--config.fixed.width=wide'"]),
+        ("fixed.width", "wide", ["config.fixed.width = 'wide': an integer is needed"]),
     ],
 )
 def test_wrong_fields_are_refused_before_any_run(capsys, npz, field, value, words):
@@ -385,7 +385,7 @@ def test_variants_that_set_and_unset_fields_of_a_section(npz, capsys):
     ("lines", "words"),
     [
         ("sweep.grid.toy.rate = ()", "config.grid.toy.rate = (): at least one value"),
-        ("sweep.grid.toy.rate = (1.0, 'x')", "--config.toy.rate=x"),
+        ("sweep.grid.toy.rate = (1.0, 'x')", "config.toy.rate = 'x': a number is needed"),
         ("sweep.grid.toy.speed = (1.0,)", "speed"),
         ("sweep.grid.toy = (1.0,)", "toy"),
         ("sweep.unset = ('toy',)", "config.unset = 'toy': a field of the runs"),

@@ -72,7 +72,8 @@ def costs_of(config: Resolved, holders: int, compiled: bool = True) -> Costs:
 
 
 def step_line(config: Resolved) -> str:
-    """What a client computes in a step; it is traced, which takes a second at most."""
+    """What a client computes in a step; traced in 0.2 s for a stem of ResNet-18, in 5 s for all of
+    MobileNetV2, and not compiled."""
     method = program_of(config).method
     step = flops_of(method.client_work(images_of(config, config.images_a_step)).train)
     return f"operations of a client in a step: {_big(step.total)}"

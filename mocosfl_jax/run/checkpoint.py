@@ -162,7 +162,8 @@ def find_newest(
             refusal = str(error)
         except Exception as error:  # Orbax and TensorStore raise almost anything on damaged files
             _check_readable(path, error)
-            refusal = f"damaged: {reason(error)}"
+            odd = isinstance(error, _ODD_METADATA)
+            refusal = f"damaged: {'its metadata cannot be read' if odd else reason(error)}"
         if agree is not None:  # before leaves that are spread over processes are gathered
             agree({f"checkpoint {step}": "unusable" if refusal else "readable"})
         if refusal is None:
@@ -176,6 +177,7 @@ def find_newest(
     return Found(None, bad)
 
 
+_ODD_METADATA = (AttributeError, KeyError, TypeError, json.JSONDecodeError)
 _NOT_ITS_FAULT = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 

@@ -45,7 +45,12 @@ def define_common_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("help", False, "Print this help.", flag_values=values)
 
 
-def parse(values: flags.FlagValues, argv: list[str], config_name: str = "--config") -> None:
+def parse(
+    values: flags.FlagValues,
+    argv: list[str],
+    config_name: str = "--config",
+    of_sweep: bool = False,
+) -> None:
     """Fills flags, `help` among them, and loads the config file if `config` is one of them.
 
     `--config.FIELD=None` unsets a field.
@@ -54,11 +59,12 @@ def parse(values: flags.FlagValues, argv: list[str], config_name: str = "--confi
       values: the flags, defined for `argv`.
       argv: command line, the program first.
       config_name: what the user calls the config file's place.
+      of_sweep: whether the config file is that of a sweep, not of a run.
     Raises: InputError: a flag or field that does not exist, a value of another type, a config file
     that cannot be loaded, words that are no flags.
     """
     if "config" in values:
-        values["config"].parser = _ConfigFile(config_name)
+        values["config"].parser = _ConfigFile(config_name, of_sweep)
     kept, unset = _split_unset(argv)
     try:
         rest = values(kept)
@@ -68,11 +74,7 @@ def parse(values: flags.FlagValues, argv: list[str], config_name: str = "--confi
     except Exception as error:
         if isinstance(error.__context__, InputError):  # absl turned it into an error of its own
             raise error.__context__ from None
-        text = str(error).replace("\\n", " ").replace("\\'", "'")  # ml_collections quotes twice
-        reason = " ".join(text.split()) or type(error).__name__
-        if isinstance(error, AttributeError | KeyError):
-            reason = f"no such field: {reason}"
-        raise InputError("command line", _blamed(argv[1:], reason), reason) from None
+        raise _refusal(values, _joined(argv)[1:], error) from None
     if len(rest) > 1 and not values.help:
         raise InputError("command line", rest[1], "options start with --")
 
@@ -80,8 +82,8 @@ def parse(values: flags.FlagValues, argv: list[str], config_name: str = "--confi
 class _ConfigFile(flags.ArgumentParser):
     """Makes the config of `PATH` or `PATH:ARGUMENT`; whatever fails is an `InputError`."""
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, name: str, of_sweep: bool):
+        self._name, self._of_sweep = name, of_sweep
 
     def parse(self, argument: str) -> ConfigDict:
         path, *arguments = argument.split(":", 1)
@@ -94,6 +96,14 @@ class _ConfigFile(flags.ArgumentParser):
         if not isinstance(config, ConfigDict):
             found = type(config).__name__
             allowed = f"get_config() must return a ConfigDict, but returns {found}"
+            raise InputError(self._name, argument, allowed)
+        if self._of_sweep and "grid" not in config:
+            allowed = "a sweep's config, made by default_sweep(), is needed; this one is of a run"
+            raise InputError(self._name, argument, allowed)
+        if not self._of_sweep and "grid" in config:
+            allowed = (
+                "a run's config is needed; this one is of a sweep (python -m mocosfl_jax.sweep)"
+            )
             raise InputError(self._name, argument, allowed)
         return self._guard(argument, config.lock)
 
@@ -135,19 +145,74 @@ def _joined(argv: Sequence[str]) -> list[str]:
     return joined
 
 
-def config_file(argv: Sequence[str]) -> str | None:
-    """What stands behind --config, None where it does not occur."""
-    spaced = [after for word, after in itertools.pairwise(argv) if word == "--config"]
-    joined = [word.split("=", 1)[1] for word in argv if word.startswith("--config=")]
-    return next(iter(spaced + joined), None)
+# -------------------------------------------------------------------------------------- refusals
+
+_NEEDED = {
+    "int": "an integer is needed",
+    "float": "a number is needed",
+    "bool": "True or False is needed",
+}
+"""By the type of a flag."""
 
 
-def _blamed(arguments: Sequence[str], reason: str) -> str:
-    """The arguments whose flag or last field the reason names, else all of them."""
-    found = [a for a in arguments if "=" in a and re.search(_named(a), reason)]
-    return " ".join(found or arguments)
+def _refusal(values: flags.FlagValues, arguments: Sequence[str], error: Exception) -> InputError:
+    """What absl or ml_collections says of a command line, in our words."""
+    text = str(error).replace("\\n", " ").replace("\\'", "'")  # ml_collections quotes twice
+    reason = " ".join(text.split()) or type(error).__name__
+    if isinstance(error, AttributeError | KeyError):
+        return _no_such_field(arguments, reason)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname
+        if name.startswith("config.") and "config" in values:
+            allowed = f"a config file is needed, as --{name} changes a field"
+            return InputError("--config", None, allowed)
+        return _no_such_flag(arguments, name, reason)
+    if found := re.match(r"Missing value for flag --(\S+)", reason):
+        return InputError(_place(found[1]), None, f"a value is needed: --{found[1]}=VALUE")
+    if found := re.match(r'Override (\S+) can not be applied because field "(\S+)"', reason):
+        name = f"config.{found[1]}"
+        return InputError(name, _value_of(arguments, name), f"config.{found[2]} has no fields")
+    if found := re.match(r"flag --([^=]+)=", reason):
+        allowed = _allowed(values, found[1], reason)
+        return InputError(_place(found[1]), _value_of(arguments, found[1]), allowed)
+    if reason.startswith("Could not parse"):  # the name of a field
+        reason = "fields are set by --config.FIELD=VALUE"
+    return InputError("command line", " ".join(arguments), reason)
 
 
-def _named(argument: str) -> str:
-    """Pattern of the last part of its name, behind a dot or a quotation mark."""
-    return rf"[.'\"]{re.escape(argument.split('=')[0].split('.')[-1])}\b"
+def _no_such_field(arguments: Sequence[str], reason: str) -> InputError:
+    """Args: reason: quotes the part of a field's name that does not exist, and a similar one."""
+    quoted, similar = re.search(r"'(\w+)'", reason), re.search(r'Did you mean "(\w+)"', reason)
+    hint = f"; did you mean {similar[1]}?" if similar else ""
+    for argument in arguments:
+        name = argument.lstrip("-").split("=")[0]
+        if quoted and quoted[1] in name.split(".")[1:]:
+            return InputError(name, _value_of(arguments, name), f"there is no such field{hint}")
+    return InputError("command line", " ".join(arguments), f"no such field: {reason}")
+
+
+def _no_such_flag(arguments: Sequence[str], name: str, reason: str) -> InputError:
+    _, _, similar = reason.partition("Did you mean: ")
+    hint = f"; did you mean --{similar.split()[0].rstrip(',')}?" if similar else ""
+    return InputError(f"--{name}", _value_of(arguments, name), f"there is no such option{hint}")
+
+
+def _allowed(values: flags.FlagValues, name: str, reason: str) -> str:
+    """What is allowed instead of a value that cannot be parsed."""
+    if "as a ConfigDict" in reason:
+        return f"this is a section: set a field of it, --{name}.FIELD=VALUE"
+    if "as tuple" in reason:
+        return "a tuple such as (1,2) is needed, words in it in quotes"
+    return _NEEDED.get(values[name].flag_type(), reason)
+
+
+def _place(flag: str) -> str:
+    """What a message calls a flag: `config.cut` or `--jobs`."""
+    return flag if flag.startswith("config.") else f"--{flag}"
+
+
+def _value_of(arguments: Sequence[str], flag: str) -> str | None:
+    """The last value that is given to a flag; None: it has none."""
+    spaced = [b for a, b in itertools.pairwise(arguments) if a.lstrip("-") == flag]
+    joined = [a.split("=", 1)[1] for a in arguments if a.lstrip("-").startswith(f"{flag}=")]
+    return next(reversed(spaced + joined), None)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def reason(error: BaseException) -> str:
         if any(words.lower() in str(link).lower() for link in chain):
             return words
     first = str(error).strip().splitlines() or [type(error).__name__]
-    return first[0].partition(" See full ")[0][:200]
+    return re.split(r" See full |\s*\{", first[0])[0][:200]  # without the JSON text that follows
 
 
 def out_of_room(why: str) -> bool:

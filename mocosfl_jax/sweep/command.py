@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.run.commandline import config_file, parse
+from mocosfl_jax.run.commandline import parse
 from mocosfl_jax.run.storage import StorageError
 from mocosfl_jax.sweep.definition import Run, columns_of, counted, expand
 from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
@@ -142,15 +142,12 @@ def _define_flags(argv: list[str]) -> flags.FlagValues:
 def _parse(argv: list[str]) -> flags.FlagValues:
     """Raises: InputError: as `parse`, or a flag that is needed is missing."""
     values = _define_flags(argv)
-    parse(values, argv)
+    parse(values, argv, of_sweep=True)
     if values.help:
         return values
     if values.config is None and not values.report:
         allowed = "a sweep's config file is needed, e.g. configs/sweeps/client_count.py"
         raise InputError("--config", None, allowed)
-    if values.config is not None and "grid" not in values.config:
-        allowed = "a sweep's config is needed, made by default_sweep(); this one is of a run"
-        raise InputError("--config", config_file(argv), allowed)
     if values.config is not None and values.config.metrics is None:  # the report needs them
         raise InputError("config.metrics", None, "a value is needed")
     if values.workdir is None and not values.dry_run:
