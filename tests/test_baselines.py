@@ -1,7 +1,9 @@
 """The baselines of configs/baselines, as runs on tiny images."""
 
+import functools
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -79,36 +81,57 @@ def test_the_seven_are_there():
     }
 
 
-@pytest.mark.parametrize("name", sorted(BASELINES))
-def test_a_baseline_resumes_bit_for_bit_and_runs_on_four_devices(
-    name, npz, tmp_path, monkeypatch, stop_at
-):
-    """Stopped in the second round, after which one more comes. On four devices 3 slots are padded
-    to 4, and 5 clients to 8, as the population is sharded there."""
-    whole, stopped, four = (tmp_path / name for name in ("whole", "stopped", "four"))
-    assert main(command(name, whole, npz)) == 0
-    stop_at(2)
-    assert main(command(name, stopped, npz)) == 143
-    assert int(saved_state(stopped).step) == 3  # in mid-round
-    assert main(command(name, stopped, npz)) == 0
-    state = saved_state(whole)
-    assert int(state.step) == 6 and int(state.server.round) == 3
-    assert without_speed(lines(stopped)) == without_speed(lines(whole))
-    jax.tree.map(np.testing.assert_array_equal, saved_state(stopped), state)
+@pytest.fixture(scope="module")
+def whole(npz, tmp_path_factory) -> Callable[[str], Path]:
+    """By name, the folder of a finished run on one device."""
 
+    @functools.cache
+    def run(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        assert main(command(name, folder, npz)) == 0
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_a_baseline_runs(name, whole):
+    state, found = saved_state(whole(name)), lines(whole(name))
+    assert int(state.step) == 6 and int(state.server.round) == 3
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.server.model))
+    for metric, steps in {"loss": [1, 2, 3, 4, 5, 6], "divergence": [2, 4, 6]}.items():
+        assert [line["step"] for line in found if metric in line] == steps
+    rates = [line["learning_rate"] for line in found]
+    assert rates[0] == rates[1] > rates[2] == rates[3] > rates[4] == rates[5] > 0
+
+
+# What a client keeps: a queue and key encoder; its predictor; its model, target network and record.
+@pytest.mark.parametrize("name", ["fl_moco", "fedu", "fedema"])
+def test_a_baseline_resumes_bit_for_bit(name, whole, npz, tmp_path, stop_at):
+    """Stopped in the second round, after which one more comes."""
+    stop_at(2)
+    assert main(command(name, tmp_path, npz)) == 143
+    assert int(saved_state(tmp_path).step) == 3  # in mid-round
+    assert main(command(name, tmp_path, npz)) == 0
+    assert without_speed(lines(tmp_path)) == without_speed(lines(whole(name)))
+    jax.tree.map(np.testing.assert_array_equal, saved_state(tmp_path), saved_state(whole(name)))
+
+
+# Labels, a queue, and the two rules that keep something of the client's own.
+@pytest.mark.parametrize("name", ["fedavg", "fl_moco", "fedu", "fedema"])
+def test_a_baseline_runs_on_four_devices(name, whole, npz, tmp_path, monkeypatch):
+    """3 slots are padded to 4, and 5 clients to 8, as the population is sharded there."""
     monkeypatch.setattr(placement, "SHARDED_FROM", 0)
-    assert main(command(name, four, npz, devices=4)) == 0
-    spread = saved_state(four)
+    assert main(command(name, tmp_path, npz, devices=4)) == 0
+    spread, state = saved_state(tmp_path), saved_state(whole(name))
     assert_close(
         (spread.server, spread.population), (state.server, state.population), name, TOLERANCE
     )
-    found, wanted = lines(four), lines(whole)
     for metric in ("loss", "divergence"):
-        got, want = ([x[metric] for x in of if metric in x] for of in (found, wanted))
-        assert len(want) == {"loss": 6, "divergence": 3}[metric]
+        got, want = (
+            [x[metric] for x in lines(folder) if metric in x] for folder in (tmp_path, whole(name))
+        )
         np.testing.assert_allclose(got, want, rtol=TOLERANCE, err_msg=metric)
-    rates = [line["learning_rate"] for line in wanted]
-    assert rates[0] == rates[1] > rates[2] == rates[3] > rates[4] == rates[5] > 0
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))

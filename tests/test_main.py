@@ -1,5 +1,6 @@
 """The command line: bad input gives one line on stderr and exit status 2, before anything runs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mocosfl_jax.config.data import check_apart
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.main import main
 from mocosfl_jax.run.processes import initialize
@@ -73,8 +75,12 @@ def test_a_run_among_its_pictures_is_refused(capsys, tmp_path, place, more):
     line = refused(capsys, argv)
     assert f"--workdir = '{folder}': a folder outside {tmp_path}/pictures" in line
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"train"}
-    beside = [str(tmp_path / "pictures2") if x == str(folder) else x for x in argv]
-    assert main([*beside, "--dry_run"]) == 0
+
+
+def test_a_run_beside_its_pictures_is_none_among_them(tmp_path):
+    config, _ = tiny.load(tiny.write_npz(tmp_path / "images.npz"))
+    config = dataclasses.replace(config, dataset=f"folder:{tmp_path}/pictures")
+    check_apart(config, tmp_path / "pictures2")
 
 
 def test_images_beyond_the_memory_are_refused(capsys, npz):

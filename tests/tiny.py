@@ -50,6 +50,15 @@ def write_npz(path: Path, train: int = 60, test: int = 20) -> Path:
     return path
 
 
+def write_unevaluated(path: Path, train: int = 60) -> Path:
+    """The same training images without a test split: of a run that evaluates nothing, where
+    `holdout_fraction` is 0."""
+    with np.load(write_npz(path, train, test=3)) as both:
+        arrays = {name: both[name] for name in ("x_train", "y_train")}
+    np.savez(path, **arrays)
+    return path
+
+
 def flags(npz: Path, **fields) -> list[str]:
     """The tiny setting as command-line overrides of any config file."""
     values = {"dataset": f"npz:{npz}", **FIELDS, **fields}
