@@ -388,7 +388,7 @@ def test_the_sweep_of_privacy(monkeypatch):
     for name in ("privacy", "privacy_pretrain"):
         argv = ["sweep", "--config", f"configs/sweeps/{name}.py"]
         values = define_flags(argv)
-        parse(values, argv)
+        parse(values, argv, of_sweep=True)
         runs[name] = expand(values.config)
     assert len(runs["privacy"]) == 12
     twice = {run.variant for run in runs["privacy"].values() if len(run.commands) == 2}
