@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mocosfl_jax.config import Resolved, check_types, default_config, resolve
+from mocosfl_jax.config.rich import blocks_of
 from mocosfl_jax.data.augment import two_views
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.federated.contract import Batch, Normalisation
@@ -123,7 +124,8 @@ class Bench:
         self.compile_seconds: dict[str, float] = {}
         self.temporary_bytes: dict[str, int] = {}
         rng = np.random.default_rng(0)
-        shape = (config.cohort_size, config.batch_size, config.image_size, config.image_size, 3)
+        blocks, side = blocks_of(config), config.image_size
+        shape = (blocks, config.batch_size, side, side, 3)
         self.images = jnp.asarray(rng.integers(0, 256, (SCAN_STEPS, *shape), dtype=np.uint8))
         self.views = jnp.asarray(rng.standard_normal((2, *shape), dtype=np.float32))
         self.mask = jnp.ones(shape[:2], bool)

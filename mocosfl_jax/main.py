@@ -226,6 +226,7 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
 
     from mocosfl_jax.config.data import deal
     from mocosfl_jax.config.recipe import find_recipe
+    from mocosfl_jax.config.rich import draw_of, rich_of
     from mocosfl_jax.config.stored import flat_fields, to_json
     from mocosfl_jax.costs.report import step_line
     from mocosfl_jax.run.feed import most_draws
@@ -245,12 +246,21 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
     if sizes.bytes_down_per_client_once:
         received = f"{sizes.bytes_down_per_client_once / 1e6:.2f} MB"
         once = f"\nreceived by a client once, before its first round: {received}"
+    rich, drawn, of_rich = rich_of(config), draw_of(config), ""
+    if rich is not None:
+        images = rich.batch_factor * config.images_a_step
+        of_rich = f"\nrich clients: {drawn.rich_ids} of {config.num_clients},"
+        of_rich += f" {drawn.rich} a round, each {images} images a step"
+    if sizes.bytes_up_per_rich_client_round and sizes.bytes_down_per_rich_client_round:
+        up, down = sizes.bytes_up_per_rich_client_round, sizes.bytes_down_per_rich_client_round
+        once += f"\nsent by a rich client in a round: {up / 1e6:.2f} MB"
+        once += f"\nreceived by a rich client in a round: {down / 1e6:.2f} MB"
     facts = find_recipe(config.method).facts(
         config, lambda: most_draws(config, prepared.info, deal(config, prepared)[1])
     )
     print(
         f"""
-cohort C = {config.cohort_size}, images a client a step B = {config.batch_size}{mixed}
+cohort C = {config.cohort_size}, images a client a step B = {config.batch_size}{mixed}{of_rich}
 rounds: {config.rounds}, steps a round: {config.steps_per_round}, steps: {config.total_steps}
 syncs a round: {syncs}, one every {config.steps_per_round / syncs:g} steps
 client parameters: {sizes.client_params:,}

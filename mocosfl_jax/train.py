@@ -8,10 +8,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from mocosfl_jax.config import Resolved
-from mocosfl_jax.config.data import mixed_partition_of, partition_of
+from mocosfl_jax.config.data import mixed_partition_of, partition_of, sampler_of
 from mocosfl_jax.config.recipe import find_recipe
 from mocosfl_jax.config.stored import flat_fields, to_json
-from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo, channel_stats
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import make_placement
@@ -99,7 +98,7 @@ def train(
     check_clients_fit(config, machine_memory_bytes())
     partition = partition_of(config, len(dataset.train.images), dataset.train.labels)
     mixed = mixed_partition_of(config, dataset.info)
-    sampler = CohortSampler(partition, config.cohort_size, config.seed)
+    sampler = sampler_of(config, partition)
     lines = read_metrics(workdir.metrics_path)
     check_resumable(workdir, config, lines)
     identity = Identity(config, data_digest(dataset.info.fingerprint))

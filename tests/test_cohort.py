@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mocosfl_jax.data.cohort import CohortSampler, client_order, draw_cohort, round_batches
+from mocosfl_jax.data.cohort import CohortSampler, Draw, client_order, draw_cohort, round_batches
 from mocosfl_jax.data.partition import Partition, iid
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.randomness import Stream, device_key, host_rng
@@ -47,6 +47,26 @@ def test_cohorts_are_uniform():
     counts = np.bincount(drawn - 100, minlength=20)
     # Binomial(2000, 1/4): deviation 19.4; 4.5 of them for the largest of 20.
     assert np.abs(counts - 500).max() < 4.5 * np.sqrt(2000 * 0.25 * 0.75)
+
+
+def test_each_round_draws_as_many_rich_clients():
+    """Two of clients 0, 2 and 3, and one of 4 and 5, one kind whatever is drawn of the other."""
+    partition = Partition(np.cumsum([0, 1, 0, 1, 1, 1, 1]), np.arange(5, dtype=np.int32))
+    sampler = CohortSampler(partition, Draw(3, rich=2, rich_ids=4), seed=1)
+    cohorts = [sampler.draw(round_) for round_ in range(200)]
+    assert all(cohort.dtype == np.int32 and cohort.shape == (3,) for cohort in cohorts)
+    seen = {(frozenset(cohort[:2].tolist()), int(cohort[2])) for cohort in cohorts}
+    rich = map(frozenset, [(0, 2), (0, 3), (2, 3)])
+    assert seen == set(itertools.product(rich, (4, 5)))
+    everyone = CohortSampler(partition, Draw(5, rich=3, rich_ids=4), seed=1)
+    assert everyone.draw(0).tolist() == [0, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("draw", "words"), [(Draw(3, 3, 3), "3 rich"), (Draw(3, 1, 3), "2 other")])
+def test_too_few_clients_of_a_kind_are_refused(draw, words):
+    partition = Partition(np.cumsum([0, 1, 0, 1, 1]), np.arange(3, dtype=np.int32))
+    with pytest.raises(InputError, match=rf"^config.cohort_size = 3: {words} clients are drawn"):
+        CohortSampler(partition, draw, seed=1)
 
 
 @pytest.mark.parametrize("cohort_size", [0, 5])

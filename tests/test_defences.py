@@ -20,6 +20,7 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.features import encode
 from mocosfl_jax.evaluation.protocols import DrawnEncoder
 from mocosfl_jax.federated.placement import single_device
+from mocosfl_jax.federated.slots import Group, Slots
 from mocosfl_jax.main import main
 from mocosfl_jax.methods.mocosfl.defences import LATENTS_ONLY, WHOLE_RUN, facts
 from mocosfl_jax.privacy.accounting import epsilon_of
@@ -275,7 +276,7 @@ def test_draws_are_those_of_the_run(npz, fields):
     partition = partition_of(config, 67, dataset.train.labels)
     sampler = CohortSampler(partition, 3, config.seed)
     counts: dict[int, int] = {}
-    for dispatch in dispatches(config, partition, sampler, 4, 0):
+    for dispatch in dispatches(config, partition, sampler, Slots((Group(3),), 4), 0):
         for image, counted in zip(dispatch.image_ids.flat, dispatch.mask.flat, strict=True):
             counts[int(image)] = counts.get(int(image), 0) + bool(counted)
     assert most_draws(config, dataset.info, partition) == max(counts.values())

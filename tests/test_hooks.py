@@ -250,7 +250,7 @@ def test_the_state_of_the_hook_is_in_checkpoints(tmp_path):
     side = dataclasses.replace(program.method.client, extra_gradient=Pull())
     method = dataclasses.replace(program.method, client=side, chunks=2)  # a slot of padding
     rounds = Rounds(config, single_device(), dataclasses.replace(program, method=method))
-    assert rounds.slots == 4
+    assert rounds.slots.number == 4
     state = rounds.initial_state()
     extra = state.cohort.client.extra
     cohort = state.cohort.replace(

@@ -127,12 +127,13 @@ def test_what_is_off_leaves_no_trace(npz):
     pixels = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
     config, dataset = tiny.load(npz, **FIELDS, **pixels)
     off = {"measure": {"hardness": False, "divergence": False}, "averaging": {"tau": 0.0}}
+    off["rich"] = {"clients": 0.0, "data": 0.0, "batch_factor": 1}
     without = {n: s for n, s in config.sections.items() if n not in off}
     absent = type(config)(**{**vars(config), "sections": without})
     text = lowered(absent, dataset)
     assert lowered(tiny.load(npz, **FIELDS, **pixels, **off)[0], dataset) == text
     values = run_values(config)
-    assert not [name for name in values if name.startswith(("measure.", "averaging."))]
+    assert not [name for name in values if name.startswith(("measure.", "averaging.", "rich."))]
     for name, section in MEASURED.items():
         for field, value in section.items():
             changed, _ = tiny.load(npz, **FIELDS, **pixels, **{name: {field: value}})

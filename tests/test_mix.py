@@ -11,6 +11,7 @@ from mocosfl_jax.config.data import mixed_partition_of, partition_of, prepare
 from mocosfl_jax.data.cohort import CohortSampler, round_batches
 from mocosfl_jax.data.pixels import square_arrays
 from mocosfl_jax.federated.placement import make_placement
+from mocosfl_jax.federated.slots import Group, Slots
 from mocosfl_jax.main import main
 from mocosfl_jax.randomness import Stream, host_rng
 from mocosfl_jax.run.feed import dispatches
@@ -120,7 +121,7 @@ def test_each_client_adds_rows_of_its_own_share(fraction, npz, second):
         range(dataset.info.num_mixed)
     )
     sampler = CohortSampler(partition, 3, config.seed)
-    feed = list(dispatches(config, partition, sampler, 4, 0, mixed))
+    feed = list(dispatches(config, partition, sampler, Slots((Group(3),), 4), 0, mixed))
     assert len(feed) == 6
     for first, last in zip(feed[::2], feed[1::2], strict=True):
         joined = [np.concatenate(pair) for pair in zip(first[3:6], last[3:6], strict=True)]
@@ -141,7 +142,7 @@ def test_weights_count_the_images_of_both(npz, second):
     partition = partition_of(config, 60, dataset.train.labels)
     mixed = mixed_partition_of(config, dataset.info)
     sampler = CohortSampler(partition, CLIENTS, config.seed)
-    first = next(dispatches(config, partition, sampler, CLIENTS, 0, mixed))
+    first = next(dispatches(config, partition, sampler, Slots((Group(CLIENTS),)), 0, mixed))
     np.testing.assert_array_equal(first.weight, partition.sizes + np.array([2, 3, 2, 3]))
 
 
@@ -152,7 +153,7 @@ def test_the_images_of_both_reach_the_devices(devices, npz, second):
     partition = partition_of(config, 60, dataset.train.labels)
     mixed = mixed_partition_of(config, dataset.info)
     sampler = CohortSampler(partition, CLIENTS, config.seed)
-    first = next(dispatches(config, partition, sampler, CLIENTS, 0, mixed))
+    first = next(dispatches(config, partition, sampler, Slots((Group(CLIENTS),)), 0, mixed))
     _, _, inputs = place_inputs(placement, dataset, False, first)
     images = np.asarray(inputs.images)
     assert images.shape == (3, CLIENTS, BATCH + ROWS, 8, 8, 3)

@@ -6,6 +6,7 @@ from mocosfl_jax.config.fields import METHOD_FIELDS, Config, Resolved
 from mocosfl_jax.config.network import network_of
 from mocosfl_jax.config.ranges import LARGEST, check_ranges
 from mocosfl_jax.config.recipe import find_recipe
+from mocosfl_jax.config.rich import blocks_of, check_cohort, check_data, check_section, rich_of
 from mocosfl_jax.data import partition
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
@@ -26,6 +27,7 @@ def check_fields(config: Config) -> None:
         check_ranges(section, f"config.{name}.")
     _check_network(config)
     _check_companions(config)
+    check_section(config)
     if config.classes_per_client is not None and config.dirichlet_alpha is not None:
         raise InputError(
             "config.dirichlet_alpha",
@@ -65,6 +67,7 @@ def check_clients(config: Config, info: DatasetInfo) -> None:
         raise InputError("config.mix_fraction", config.mix_fraction, few)
     if classes is not None and held is None:
         partition.check_shards(config.num_clients, classes, info.num_train)
+    check_data(config, info)
 
 
 def check_resolved(config: Resolved, given: Config, holders: int) -> None:
@@ -76,6 +79,7 @@ def check_resolved(config: Resolved, given: Config, holders: int) -> None:
     Raises: InputError: blames a field that was set, where one was.
     """
     _check_cohort(config, holders)
+    check_cohort(config)
     _check_schedule(config, given)
     _check_images(config)
 
@@ -159,7 +163,11 @@ def _check_schedule(config: Resolved, given: Config) -> None:
 
 def _check_round(config: Resolved, given: Config) -> None:
     """The images of a round, which are drawn at its start, are numbered in 32 bits."""
-    cohort, batch, steps = config.cohort_size, config.images_a_step, config.steps_per_round
+    cohort, batch, steps = blocks_of(config), config.images_a_step, config.steps_per_round
+    rich = rich_of(config)
+    if rich is not None and cohort * batch > LARGEST >= config.cohort_size * batch:
+        allowed = f"at most {LARGEST} images a step: a smaller one"
+        raise InputError("config.rich.batch_factor", rich.batch_factor, allowed)
     if cohort * batch > LARGEST:
         name = "batch_size" if config.batch_size * 2 >= batch else "mix_batch_size"
         allowed = f"with {cohort} clients a round, 1 to {LARGEST // cohort} images each a step"

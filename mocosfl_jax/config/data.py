@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from mocosfl_jax.config.fields import Config, Resolved
 from mocosfl_jax.config.recipe import find_recipe
 from mocosfl_jax.config.resolve import resolve
+from mocosfl_jax.config.rich import draw_of, rich_share
+from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import DatasetInfo, Prepared
 from mocosfl_jax.data.mixture import with_mixture
 from mocosfl_jax.data.partition import (
@@ -85,6 +87,7 @@ def deal(config: Config, prepared: Prepared) -> tuple[Resolved, ClientImages]:
     labels = None if iid_only else prepared.train_labels()
     partition = partition_of(config, prepared.info.num_train, labels)
     resolved = resolve(config, prepared.info, partition)
+    sampler_of(resolved, partition)
     find_recipe(config.method).check_holdings(resolved, partition)
     return resolved, partition
 
@@ -110,11 +113,20 @@ def partition_of(
             alpha=config.dirichlet_alpha,
             seed=config.seed,
         )
+    clients, seed, rich = config.num_clients, config.seed, rich_share(config)
     if config.classes_per_client is not None:
-        return by_classes(labels, config.num_clients, config.classes_per_client, config.seed)
+        return by_classes(labels, clients, config.classes_per_client, seed, rich)
     if config.dirichlet_alpha is not None:
-        return dirichlet(labels, config.num_clients, config.dirichlet_alpha, config.seed)
-    return iid(num_images, config.num_clients, config.seed)
+        return dirichlet(labels, clients, config.dirichlet_alpha, seed, rich)
+    return iid(num_images, clients, seed, rich)
+
+
+def sampler_of(config: Resolved, partition: ClientImages) -> CohortSampler:
+    """Who takes part in each round.
+
+    Raises: InputError: fewer clients have images than a round draws.
+    """
+    return CohortSampler(partition, draw_of(config), config.seed)
 
 
 def mixed_partition_of(config: Config, info: DatasetInfo) -> Partition | None:

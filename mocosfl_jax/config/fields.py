@@ -104,7 +104,8 @@ class Config:
     dirichlet_alpha: Annotated[float | None, ABOVE_0] = None
     # C, clients drawn each round. Rule: all up to 100 clients, else 100 (paper, appendix).
     cohort_size: Annotated[int, FROM_1] = RULE
-    # B, images a client a step. Rule: total_batch // C, at least 1.
+    # B, images a client a step; config.rich has clients that take more. Rule: total_batch // C, at
+    # least 1, so that R does not exceed total_batch where it can.
     batch_size: Annotated[int, FROM_1] = RULE
     # R, server rows a step that the rule for batch_size aims at (paper: 100).
     total_batch: Annotated[int, FROM_1] = 100
@@ -115,7 +116,8 @@ class Config:
     # E, passes of a client over its images in a round that the rule for steps_per_round aims at.
     local_epochs: Annotated[int, FROM_1] = 1
     # Steps in a round, the same for every client. Rule: E * images of a client // B, at least 1; it
-    # holds images_per_client, or the N-th part of all.
+    # holds images_per_client, or the N-th part of all. With rich clients, E * images // (rows of a
+    # step in which all N take part).
     steps_per_round: Annotated[int, FROM_1] = RULE
     # Rounds. Rule: epochs * N / (C * E), so that total work does not depend on the cohort; epochs *
     # images / (steps_per_round * C * B) where steps_per_round is set.
@@ -294,7 +296,8 @@ class Resolved(Config):
 
     @property
     def images_a_step(self) -> int:
-        """Images of one client in a step, those of a second data set among them."""
+        """Images of one client in a step, those of a second data set among them; a rich client
+        (`config.rich`) takes a multiple."""
         return self.batch_size + (self.mix_batch_size or 0)
 
     @property

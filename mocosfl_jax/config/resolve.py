@@ -12,6 +12,7 @@ from mocosfl_jax.config.checks import check_clients, check_fields, check_resolve
 from mocosfl_jax.config.fields import Config, Resolved
 from mocosfl_jax.config.ranges import check_ranges
 from mocosfl_jax.config.recipe import find_recipe
+from mocosfl_jax.config.rich import all_blocks, blocks_of
 from mocosfl_jax.data.dataset import HOLDOUT_FRACTION, DatasetInfo
 from mocosfl_jax.data.partition import ClientImages
 from mocosfl_jax.models.backbones import default_fields, default_width
@@ -65,14 +66,14 @@ def _filled(config: Config, info: DatasetInfo, holders: int) -> Config:
     fill("image_size", info.image_size)
     fill("holdout_fraction", HOLDOUT_FRACTION if info.labelled else 0.0)
     fill("cohort_size", min(holders, 100))
-    fill("batch_size", max(1, config.total_batch // config.cohort_size))
+    fill("batch_size", max(1, config.total_batch // blocks_of(config)))
     if config.mix_dataset is not None:
         fill("mix_batch_size", config.batch_size)
-    rows = config.cohort_size * config.batch_size
+    rows = blocks_of(config) * config.batch_size
     if config.steps_per_round is None:
         visits = config.num_clients / (config.cohort_size * config.local_epochs)
         fill("rounds", math.ceil(config.epochs * visits))
-        held = config.images_per_client or info.num_train / config.num_clients
+        held = config.images_per_client or info.num_train / all_blocks(config)
         fill("steps_per_round", max(1, int(config.local_epochs * held / config.batch_size)))
     images_a_round = config.steps_per_round * rows
     fill("rounds", max(1, round(config.epochs * info.num_train / images_a_round)))

@@ -9,6 +9,7 @@ from mocosfl_jax.config.defences import DEFENCES
 from mocosfl_jax.config.fields import EXECUTION_FIELDS, METHOD_FIELDS, Config, Resolved
 from mocosfl_jax.config.measure import Measure
 from mocosfl_jax.config.recipe import find_recipe
+from mocosfl_jax.config.rich import Rich
 from mocosfl_jax.config.saving import Saving
 from mocosfl_jax.config.types import FIELDS, check_types, value_types
 from mocosfl_jax.errors import InputError
@@ -23,7 +24,13 @@ _MEANING_WITHOUT_FIELD = {
 """What a field means in a stored config that lacks it, where that is not today's default. A new
 field whose default changes what a run does needs an entry."""
 
-_NEWER_SECTIONS = {**DEFENCES, "averaging": Averaging, "measure": Measure, "saving": Saving}
+_NEWER_SECTIONS = {
+    **DEFENCES,
+    "averaging": Averaging,
+    "measure": Measure,
+    "rich": Rich,
+    "saving": Saving,
+}
 
 _NEWER_THAN_IDENTITY = {
     "method": "mocosfl",

@@ -64,6 +64,8 @@ def _print(raw: "ConfigDict", json: str | None) -> None:
     from mocosfl_jax.config import check_types
     from mocosfl_jax.config.checks import check_fields
     from mocosfl_jax.config.data import deal, prepare
+    from mocosfl_jax.config.rich import rich_of
+    from mocosfl_jax.costs.communication import holders_of
     from mocosfl_jax.costs.report import as_json, costs_of, table
     from mocosfl_jax.run.processes import use_compilation_cache
     from mocosfl_jax.run.program import check_labels, program_of
@@ -74,10 +76,16 @@ def _print(raw: "ConfigDict", json: str | None) -> None:
     config, partition = deal(unresolved, prepared)
     check_labels(config, program_of(config), prepared.info)
     use_compilation_cache(config.compilation_cache)
-    costs = costs_of(config, partition.num_holders)
-    print(table(costs))
+    costs = costs_of(config, holders_of(config, partition, rich=False))
+    values = as_json(config, costs)
+    if rich_of(config) is None:
+        print(table(costs))
+    else:
+        rich = costs_of(config, holders_of(config, partition, rich=True), rich=True)
+        print(table(rich, "rich "), table(costs, "other "), sep="\n\n")
+        values["rich"] = as_json(config, rich)
     if json is not None:
-        write_json(Path(json), as_json(config, costs))
+        write_json(Path(json), values)
 
 
 if __name__ == "__main__":

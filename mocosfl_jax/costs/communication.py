@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import jax
 
 from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.rich import draw_of
+from mocosfl_jax.data.partition import ClientImages
 from mocosfl_jax.federated.contract import Method
 from mocosfl_jax.run.plan import bytes_of
 
@@ -46,9 +48,21 @@ class Sent:
         return self.size * self.times
 
 
-def participation(config: Resolved, holders: int) -> Participation:
-    """Args: holders: clients that have images."""
-    rounds = config.rounds * config.cohort_size / holders
+def holders_of(config: Resolved, partition: ClientImages, rich: bool) -> int:
+    """Clients that have images, of the rich ones or of the others.
+
+    Args: config: of the partition; where all clients are alike, none is rich.
+    """
+    first = draw_of(config).rich_ids
+    sizes = partition.sizes[:first] if rich else partition.sizes[first:]
+    return int((sizes > 0).sum())
+
+
+def participation(config: Resolved, holders: int, rich: bool = False) -> Participation:
+    """Args: holders: clients of the kind that have images. rich: whether they are the rich ones."""
+    draw = draw_of(config)
+    drawn = draw.rich if rich else draw.clients - draw.rich
+    rounds = config.rounds * drawn / holders
     return Participation(rounds, rounds * config.steps_per_round, rounds * sum(config.sync_steps))
 
 

@@ -26,7 +26,8 @@ from mocosfl_jax.run.program import program_of
 class Costs:
     """Of one client.
 
-    parameters: their number, running statistics included. images_a_step: B. often: how often it
+    parameters: their number, running statistics included. images_a_step: B, of a rich client F * B.
+    often: how often it
     takes part.
     step, image: operations of a step of training, and of one image in evaluation.
     training, inference: memory of the same; None where it was not compiled.
@@ -49,25 +50,29 @@ class Costs:
         return self.step.total * self.often.steps
 
 
-def costs_of(config: Resolved, holders: int, compiled: bool = True) -> Costs:
-    """Costs of a run with these settings; nothing is computed.
+def costs_of(config: Resolved, holders: int, compiled: bool = True, rich: bool = False) -> Costs:
+    """Costs of a client of a run with these settings; nothing is computed.
 
-    Args: holders: clients that have images. compiled: whether memory is asked for.
+    Args:
+      holders: clients of its kind that have images.
+      compiled: whether memory is asked for.
+      rich: whether it is a rich client (`config.rich`), where there are such.
     """
-    method, often = program_of(config).method, participation(config, holders)
-    batch, image = images_of(config, config.images_a_step), images_of(config, 1)
+    method, often = program_of(config).method, participation(config, holders, rich)
+    images = config.images_a_step * (method.batch_factor if rich else 1)
+    batch, image = images_of(config, images), images_of(config, 1)
     train, infer = method.client_work(batch).train, method.client_work(image).infer
     messages = messages_of(method, batch, often)
     return Costs(
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(infer.arguments[0])),
-        images_a_step=config.images_a_step,
+        images_a_step=images,
         often=often,
         step=flops_of(train),
         image=flops_of(infer),
         training=memory_of(train) if compiled else None,
         inference=memory_of(infer) if compiled else None,
         messages=messages,
-        paper=paper_costs(infer, messages, often.steps * config.images_a_step),
+        paper=paper_costs(infer, messages, often.steps * images),
     )
 
 
@@ -101,12 +106,13 @@ def as_json(config: Resolved, costs: Costs) -> dict[str, Any]:
 DIRECTIONS = {"up": True, "down": False}
 
 
-def table(costs: Costs) -> str:
-    """For a person; MB is 2^20 bytes."""
+def table(costs: Costs, kind: str = "") -> str:
+    """For a person; MB is 2^20 bytes. kind: of client, a word with a space."""
     often, paper = costs.often, costs.paper
     lines = [
-        f"of one client: {costs.parameters:,} parameters, {costs.images_a_step} images a step,"
-        f" {often.rounds:,.10g} rounds, {often.steps:,.10g} steps, {often.syncs:,.10g} syncs",
+        f"of one {kind}client: {costs.parameters:,} parameters,"
+        f" {costs.images_a_step} images a step, {often.rounds:,.10g} rounds,"
+        f" {often.steps:,.10g} steps, {often.syncs:,.10g} syncs",
         "",
         _row("operations", "total", "products", "others"),
         _row("a step", *_operations(costs.step)),

@@ -1,5 +1,7 @@
 """Who takes part in a round, and with which images: functions of (seed, round, client) alone."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -8,31 +10,62 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.randomness import Stream, host_rng
 
 
+class Draw(NamedTuple):
+    """How many clients a round draws.
+
+    clients: C. rich: of them, that are rich, the first ones of the cohort. rich_ids: ids below it
+    are those of rich clients.
+    """
+
+    clients: int
+    rich: int = 0
+    rich_ids: int = 0
+
+
 class CohortSampler:
     """Draws the cohort of any round among the clients that have images."""
 
-    def __init__(self, partition: ClientImages, cohort_size: int, seed: int):
-        """Args: partition: of N clients; cohort_size: C, clients a round; seed: of the run.
+    def __init__(self, partition: ClientImages, draw: int | Draw, seed: int):
+        """Args: partition: of N clients; draw: C, or as many of either kind; seed: of the run.
 
-        Raises: InputError: fewer than C clients have images.
+        Raises: InputError: fewer clients, of all or of a kind, have images.
         """
-        self._eligible = np.flatnonzero(partition.sizes).astype(np.int32)
-        if not 1 <= cohort_size <= len(self._eligible):
+        draw = draw if isinstance(draw, Draw) else Draw(draw)
+        eligible = np.flatnonzero(partition.sizes).astype(np.int32)
+        if not 1 <= draw.clients <= len(eligible):
             raise InputError(
                 "config.cohort_size",
-                cohort_size,
-                f"from 1 to the clients that have images, {len(self._eligible)}",
+                draw.clients,
+                f"from 1 to the clients that have images, {len(eligible)}",
             )
-        self._cohort_size = cohort_size
+        self._rich, self._others = np.split(eligible, [np.searchsorted(eligible, draw.rich_ids)])
+        for kind, ids, drawn in (
+            ("rich", self._rich, draw.rich),
+            ("other", self._others, draw.clients - draw.rich),
+        ):
+            if drawn > len(ids):
+                allowed = f"{drawn} {kind} clients are drawn, and {len(ids)} have images: fewer"
+                raise InputError("config.cohort_size", draw.clients, allowed)
+        self._draw = draw
         self._seed = seed
 
     def draw(self, round_: int) -> NDArray[np.int32]:
-        """The cohort of a round, (C,) int32 distinct client ids; in id order if all take part."""
-        return draw_cohort(self._eligible, self._cohort_size, self._seed, round_)
+        """The cohort of a round, (C,) int32 distinct client ids, rich clients first; in id order if
+        all take part."""
+        number = self._draw.clients - self._draw.rich
+        others = draw_cohort(self._others, number, self._seed, round_)
+        if not self._draw.rich:
+            return others
+        rich = draw_cohort(self._rich, self._draw.rich, self._seed, round_, _RICH)
+        return np.concatenate([rich, others])
+
+
+_RICH = 0
+"""Coordinate of the stream that rich clients are drawn with."""
 
 
 def draw_cohort(
-    eligible_ids: NDArray[np.int32], cohort_size: int, seed: int, round_: int
+    eligible_ids: NDArray[np.int32], cohort_size: int, seed: int, round_: int, *kind: int
 ) -> NDArray[np.int32]:
     """Draws clients without replacement, in O(cohort_size) for cohorts small beside N.
 
@@ -41,12 +74,13 @@ def draw_cohort(
         cohort_size: C, at most their number.
         seed: of the run.
         round_: index of the round.
+        kind: of the clients, a further coordinate of the stream.
 
     Returns: (C,) int32 in random order; all of `eligible_ids` as they are where C is their number.
     """
     if cohort_size == len(eligible_ids):
         return eligible_ids.copy()
-    rng = host_rng(seed, Stream.COHORT, round_)
+    rng = host_rng(seed, Stream.COHORT, round_, *kind)
     return eligible_ids[rng.choice(len(eligible_ids), cohort_size, replace=False)]
 
 

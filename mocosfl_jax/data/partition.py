@@ -6,7 +6,7 @@ alone. All is deterministic in the seed.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,14 +155,22 @@ class SharedImages:
         return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
-def iid(num_images: int, num_clients: int, seed: int) -> Partition:
-    """Images at random, in parts whose sizes differ by one at most.
+class RichShare(NamedTuple):
+    """clients: that are rich, those with the first ids. data: share of all images that they hold
+    together, in (0, 1); each holds as many, and so do the others of what is left."""
+
+    clients: int
+    data: float
+
+
+def iid(num_images: int, num_clients: int, seed: int, rich: RichShare | None = None) -> Partition:
+    """Images at random, in parts whose sizes differ by one at most, among rich clients and others.
 
     Raises: InputError: more clients than images.
     """
     check_clients(num_clients, num_images)
     indices = host_rng(seed, Stream.PARTITION).permutation(num_images)
-    return Partition(_even_cuts(num_images, num_clients), indices.astype(np.int32))
+    return Partition(_cuts(num_images, num_clients, rich), indices.astype(np.int32))
 
 
 def in_order(num_images: int, num_clients: int) -> Partition:
@@ -171,19 +179,25 @@ def in_order(num_images: int, num_clients: int) -> Partition:
 
 
 def by_classes(
-    labels: NDArray[np.integer] | None, num_clients: int, classes_per_client: int, seed: int
+    labels: NDArray[np.integer] | None,
+    num_clients: int,
+    classes_per_client: int,
+    seed: int,
+    rich: RichShare | None = None,
 ) -> Partition:
     """Shards of images sorted by label (McMahan et al. 2017; the paper's non-IID setting).
 
     Images, shuffled within their label, are cut into `num_clients * classes_per_client` shards
     whose sizes differ by one at most, and each client is dealt as many shards at random. A client
-    may get two shards of one class, or a shard across the boundary of two.
+    may get two shards of one class, or a shard across the boundary of two. The shards of rich
+    clients are larger, at random places among the others; one may be larger than a class.
 
     Args:
         labels: (images,) integers.
         num_clients: N.
         classes_per_client: shards of each client.
         seed: of the run.
+        rich: None: all clients are alike.
 
     Raises:
         InputError: no labels, more clients or shards than images, fewer classes than asked for.
@@ -200,8 +214,12 @@ def by_classes(
     num_shards = num_clients * classes_per_client
     rng = host_rng(seed, Stream.PARTITION)
     sorted_ids = _sort_by_label(labels, rng)
-    cuts = _even_cuts(num_images, num_shards)
     dealt = rng.permutation(num_shards)  # shards of client 0, of client 1, ...
+    cuts = _even_cuts(num_images, num_shards)
+    if rich is not None:
+        of_clients = RichShare(rich.clients * classes_per_client, rich.data)
+        lengths = np.diff(_cuts(num_images, num_shards, of_clients))
+        cuts = np.concatenate([[0], np.cumsum(lengths[np.argsort(dealt)])])
     lengths = np.diff(cuts)[dealt]
     ends = np.cumsum(lengths)
     positions = np.arange(num_images) + np.repeat(cuts[dealt] - (ends - lengths), lengths)
@@ -210,18 +228,24 @@ def by_classes(
 
 
 def dirichlet(
-    labels: NDArray[np.integer] | None, num_clients: int, alpha: float, seed: int
+    labels: NDArray[np.integer] | None,
+    num_clients: int,
+    alpha: float,
+    seed: int,
+    rich: RichShare | None = None,
 ) -> Partition:
     """Each class spread over the clients in Dirichlet(alpha) proportions (Hsu et al. 2019).
 
     Small alpha: few clients hold a class. A client's share of a class is its proportion to within
-    one image; clients may stay empty.
+    one image; clients may stay empty. Rich clients share their part of every class in such
+    proportions, and the others theirs.
 
     Args:
         labels: (images,) integers.
         num_clients: N.
         alpha: concentration, > 0.
         seed: of the run.
+        rich: None: all clients are alike.
 
     Raises:
         InputError: no labels, more clients than images, alpha not above 0.
@@ -235,7 +259,7 @@ def dirichlet(
     owners = np.empty(len(labels), np.int32)
     start = 0
     for count in np.unique(labels, return_counts=True)[1]:
-        share_ends = np.cumsum(rng.dirichlet(np.full(num_clients, alpha)))
+        share_ends = np.cumsum(_proportions(rng, num_clients, alpha, rich))
         # Image j of a class lies at (j + 1/2) / count of the way through the clients' shares.
         place = (np.arange(count) + 0.5) / count * share_ends[-1]
         owners[start : start + count] = np.searchsorted(share_ends, place)
@@ -282,6 +306,21 @@ def check_clients(num_clients: int, num_images: int) -> None:
         raise InputError("config.num_clients", num_clients, allowed)
 
 
+def check_rich_share(
+    rich: RichShare, num_images: int, num_clients: int, per_client: int = 1
+) -> None:
+    """Raises: InputError: a client of either kind would hold fewer images than `per_client`."""
+    held = round(rich.data * num_images)
+    for kind, images, clients in (
+        ("rich", held, rich.clients),
+        ("other", num_images - held, num_clients - rich.clients),
+    ):
+        if images < clients * per_client:
+            needed = f"the {clients} {kind} clients share {images} of {num_images} images"
+            allowed = f"{needed}, and each needs at least {per_client}"
+            raise InputError("config.rich.data", rich.data, allowed)
+
+
 def check_shards(num_clients: int, classes_per_client: int, num_images: int) -> None:
     """Raises: InputError: more shards than images, where no image belongs to two clients."""
     if num_clients * classes_per_client > num_images:
@@ -295,6 +334,27 @@ def check_shards(num_clients: int, classes_per_client: int, num_images: int) -> 
 def _even_cuts(length: int, parts: int) -> NDArray[np.int64]:
     """Boundaries of `parts` consecutive parts whose sizes differ by one at most, (parts + 1,)."""
     return np.arange(parts + 1, dtype=np.int64) * length // parts
+
+
+def _cuts(length: int, parts: int, rich: RichShare | None) -> NDArray[np.int64]:
+    """The same, where the first parts are those of rich clients and the others are even too."""
+    if rich is None:
+        return _even_cuts(length, parts)
+    held = round(rich.data * length)
+    others = _even_cuts(length - held, parts - rich.clients)
+    return np.concatenate([_even_cuts(held, rich.clients), held + others[1:]])
+
+
+def _proportions(
+    rng: np.random.Generator, num_clients: int, alpha: float, rich: RichShare | None
+) -> NDArray[np.float64]:
+    """Shares of a class, (N,), which add up to 1."""
+    if rich is None:
+        return rng.dirichlet(np.full(num_clients, alpha))
+    first, others = (
+        rng.dirichlet(np.full(n, alpha)) for n in (rich.clients, num_clients - rich.clients)
+    )
+    return np.concatenate([rich.data * first, (1 - rich.data) * others])
 
 
 def _sort_by_label(labels: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.int32]:

@@ -35,6 +35,10 @@ class Normalisation(NamedTuple):
 class Batch(NamedTuple):
     """Inputs of one step; C slots (of this device, inside `shard_map`), B images a client.
 
+    Where some clients take larger batches (`Method.batch_factor` F), these have the first slots,
+    and each has F rows of views, labels and mask, one after another: these then have rF + C - r
+    rows in place of C, for r such slots (`federated.slots`).
+
     views: `Method.views` arrays (C, B, S, S, 3) float32, augmented and normalised; a single
       unaugmented one if the method asks for none.
     labels: (C, B) int32, -1 where there is no label; None unless the method asks for them.
@@ -144,6 +148,8 @@ class Method(Protocol):
     labels: whether a step takes labels.
     chunks: equal parts of a device's slots that a step takes one after another; the loop pads the
       cohort to a multiple of devices x chunks.
+    batch_factor: F, by which the batches of rich clients are larger than those of others, an
+      integer; 1: all batches have one size. See `Batch`.
     chance: the metric `loss` of a network that gives all images the same embedding; None: the loss
       has no such value. The loop stops a run that stays there for a round.
     statuses: the ways in which a round can be run, the usual one first; empty if there is one only.
@@ -159,6 +165,8 @@ class Method(Protocol):
     def labels(self) -> bool: ...
     @property
     def chunks(self) -> int: ...
+    @property
+    def batch_factor(self) -> int: ...
     @property
     def chance(self) -> float | None: ...
     @property

@@ -10,11 +10,14 @@ import optax
 
 from mocosfl_jax.data.augment import AugmentConfig, augment, normalise, two_views
 from mocosfl_jax.federated.contract import RESERVED, Batch, Method, Metrics, Normalisation
+from mocosfl_jax.federated.slots import by_group, in_one, rich_slots
 from mocosfl_jax.federated.state import TrainState
 
 
 class Images(NamedTuple):
     """Raw inputs of S steps.
+
+    Where some clients take larger batches, images, mask and labels have their rows as `Batch` has.
 
     images: (S, C, B, H, W, 3) uint8. mask: (S, C, B) bool, False for padding. sync: (S,) bool,
     whether the step ends with a sync. weight: (C,) float32, of each slot in an average. labels:
@@ -133,7 +136,7 @@ def _views(
     program: Program, state: TrainState, images_CBHWC: jax.Array, constants: Constants
 ) -> tuple[jax.Array, ...]:
     """The views of every image that the method takes, (C, B, size, size, 3) each."""
-    slots, batch_size, *image_shape = images_CBHWC.shape
+    blocks, batch_size, *image_shape = images_CBHWC.shape
     images = images_CBHWC.reshape(-1, *image_shape)
     mean, std = constants.normalisation
     views: tuple[jax.Array, ...]
@@ -141,14 +144,32 @@ def _views(
         views = (normalise(images.astype(jnp.float32) / 255, mean, std),)
     else:
         client_keys = _client_keys(constants.augment_key, state)
-        keys_CB = jax.vmap(lambda key: jax.random.split(key, batch_size))(client_keys)
-        keys = keys_CB.reshape(-1)
+        keys = _image_keys(program.method, client_keys, blocks, batch_size)
         if program.method.views == 2:
             views = two_views(keys, images, program.augment, mean, std)
         else:
             one_view = jax.vmap(lambda key, x: augment(key, x, program.augment, mean, std))
             views = (one_view(keys, images),)
-    return tuple(v.reshape(slots, batch_size, *v.shape[1:]) for v in views)
+    return tuple(v.reshape(blocks, batch_size, *v.shape[1:]) for v in views)
+
+
+def _image_keys(method: Method, keys_C: jax.Array, blocks: int, batch_size: int) -> jax.Array:
+    """A key for each image, (blocks * B,), from that of its client and its place in the batch."""
+
+    def of_clients(keys: jax.Array, images: int) -> jax.Array:
+        return jax.vmap(lambda key: jax.random.split(key, images))(keys).reshape(-1)
+
+    if method.batch_factor == 1:
+        return of_clients(keys_C, batch_size)
+
+    def of_part(keys: jax.Array) -> jax.Array:
+        rich = rich_slots(len(keys), blocks // method.chunks, method.batch_factor)
+        large, small = by_group(keys, rich)
+        return in_one(
+            [of_clients(large, method.batch_factor * batch_size), of_clients(small, batch_size)]
+        )
+
+    return jax.vmap(of_part)(keys_C.reshape(method.chunks, -1)).reshape(-1)
 
 
 def _all_finite(tree) -> jax.Array:

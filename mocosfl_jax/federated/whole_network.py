@@ -34,6 +34,7 @@ class WholeNetwork(AlikeRounds):
     views: ClassVar[int] = 2
     labels: ClassVar[bool] = False
     chunks: ClassVar[int] = 1
+    batch_factor: ClassVar[int] = 1
     chance: ClassVar[float | None] = None
 
     def init(self, params_key: jax.Array, state_key: jax.Array) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mocosfl_jax.config import Resolved
 from mocosfl_jax.config.network import model_of
 from mocosfl_jax.config.recipe import find_recipe
+from mocosfl_jax.config.rich import blocks_of
 from mocosfl_jax.config.stored import flat_fields, to_json
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
@@ -96,6 +97,8 @@ class Plan:
       a round of `steps_per_round` full batches (`Method.traffic`). bytes_down_per_client_once: what
       it receives before its first round.
     state_bytes: the training state. step_bytes: what exists beside it within a step.
+    bytes_up_per_rich_client_round, bytes_down_per_rich_client_round: of a client that takes larger
+      batches (`config.rich`); None: there are none.
     """
 
     client_params: int
@@ -105,6 +108,8 @@ class Plan:
     bytes_down_per_client_once: int
     state_bytes: int
     step_bytes: int
+    bytes_up_per_rich_client_round: int | None = None
+    bytes_down_per_rich_client_round: int | None = None
 
 
 def plan(config: Resolved) -> Plan:
@@ -112,14 +117,16 @@ def plan(config: Resolved) -> Plan:
     method = program_of(config).method
     state = _state_shapes(config, method)
     network = jax.eval_shape(lambda: method.network(state.server, None))
-    traffic = method.traffic(_images(config))
     syncs = sum(config.sync_steps)
     a_round = {"step": config.steps_per_round, "sync": syncs, "round": 1, "once": 0}
 
-    def sent(up: bool, times: dict[str, int]) -> int:
+    def sent(up: bool, times: dict[str, int], batches: int = 1) -> int:
+        traffic = method.traffic(_images(config, batches))
         return sum(times[m.when] * bytes_of(m.content) for m in traffic if m.up == up)
 
-    slots = -(-config.cohort_size // method.chunks)
+    factor = method.batch_factor
+    # A rich client counts as several others: its models are counted as often, which is too many.
+    slots = -(-blocks_of(config) // method.chunks)
     return Plan(
         client_params=_count(network.client),
         server_params=_count(network.server),
@@ -128,6 +135,8 @@ def plan(config: Resolved) -> Plan:
         bytes_down_per_client_once=sent(False, {**dict.fromkeys(a_round, 0), "once": 1}),
         state_bytes=bytes_of(state),
         step_bytes=bytes_of(method.working_set(_images(config), slots)),
+        bytes_up_per_rich_client_round=sent(True, a_round, factor) if factor > 1 else None,
+        bytes_down_per_rich_client_round=sent(False, a_round, factor) if factor > 1 else None,
     )
 
 
@@ -142,7 +151,7 @@ def estimate_memory(config: Resolved, info: DatasetInfo, sizes: Plan) -> Memory:
     model = model_of(config)
     variables = jax.eval_shape(model.init, jax.random.key(0))
     pixels = 3 * info.image_size**2
-    rows_a_dispatch = config.steps_per_dispatch * config.cohort_size * config.images_a_step
+    rows_a_dispatch = config.steps_per_dispatch * blocks_of(config) * config.images_a_step
     evaluated = info.labelled and info.num_test > 0
     encoded, evaluation = _evaluation_bytes(config, info, model, variables) if evaluated else (0, 0)
     return Memory(
@@ -152,7 +161,7 @@ def estimate_memory(config: Resolved, info: DatasetInfo, sizes: Plan) -> Memory:
         state=sizes.state_bytes,
         saved_copy=sizes.state_bytes,
         inputs=2 * rows_a_dispatch * pixels,
-        step=sizes.step_bytes + 2 * config.cohort_size * bytes_of(_images(config)),
+        step=sizes.step_bytes + 2 * blocks_of(config) * bytes_of(_images(config)),
         encoded=encoded,
         evaluation=evaluation,
     )
@@ -206,8 +215,9 @@ def check_clients_fit(config: Resolved, memory_bytes: int) -> None:
         )
 
 
-def _images(config: Resolved) -> jax.ShapeDtypeStruct:
-    shape = (config.images_a_step, config.image_size, config.image_size, 3)
+def _images(config: Resolved, batches: int = 1) -> jax.ShapeDtypeStruct:
+    """Of a step of a client. batches: of `images_a_step`."""
+    shape = (batches * config.images_a_step, config.image_size, config.image_size, 3)
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 

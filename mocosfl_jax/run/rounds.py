@@ -10,10 +10,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.rich import groups_of
 from mocosfl_jax.data.dataset import Dataset, Split
 from mocosfl_jax.federated.contract import Normalisation, Tree
 from mocosfl_jax.federated.dispatch import Constants, Images, Program
 from mocosfl_jax.federated.placement import Placement
+from mocosfl_jax.federated.slots import Slots, spread
 from mocosfl_jax.federated.state import PADDING, TrainState, create_state
 from mocosfl_jax.models.split import Variables
 from mocosfl_jax.randomness import Stream, device_key
@@ -73,7 +75,9 @@ class Rounds:
     """The training state on the mesh, from round to round.
 
     On the devices the cohort's slots are padded to fill all devices, and so are the rows of a
-    population leaf that is sharded over N. What is saved has no padding.
+    population leaf that is sharded over N. What is saved has no padding, and the cohort's order.
+
+    slots: of the cohort on the devices.
 
     begin: (state, ids of the slots) to the state at a round's start. end: from the state after the
     last step to that between rounds. Both are jitted, and both donate the state.
@@ -81,8 +85,7 @@ class Rounds:
 
     def __init__(self, config: Resolved, placement: Placement, program: Program):
         method = program.method
-        multiple = placement.devices * method.chunks
-        self.slots = -(-config.cohort_size // multiple) * multiple
+        self.slots = Slots(groups_of(config), placement.devices * method.chunks)
         self._config, self._placement, self._method = config, placement, method
         self._shapes = jax.eval_shape(self._initial)
         self._unpadded_shapes = jax.eval_shape(self._unpadded_initial)
@@ -107,7 +110,13 @@ class Rounds:
         Leaves that have padding come as NumPy arrays: on the devices such a number of rows could
         only be replicated.
         """
-        return jax.tree.map(_without_padding, state, self._unpadded_shapes)
+        shapes = self._unpadded_shapes
+        order = None if self.slots.in_order else self.slots.of_cohort
+        cohort = jax.tree.map(
+            partial(_without_padding, order=order), _of_slots(state), _of_slots(shapes)
+        )
+        others = jax.tree.map(_without_padding, _of_all(state), _of_all(shapes))
+        return others.replace(**cohort)
 
     def abstract_unpadded(self) -> TrainState:
         """Shapes of what is saved, with shardings; leaves that need padding are NumPy arrays."""
@@ -117,14 +126,19 @@ class Rounds:
                 return np.empty(x.shape, x.dtype)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        return jax.tree.map(leaf, self._unpadded_shapes, self._shapes, self._shardings)
+        shapes = jax.tree.map(leaf, self._unpadded_shapes, self._shapes, self._shardings)
+        if self.slots.in_order:
+            return shapes
+        moved = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), _of_slots(shapes))
+        return shapes.replace(**moved)
 
     def padded(self, state: TrainState) -> TrainState:
         """A restored state on the devices, with padding."""
-        missing = self.slots - self._config.cohort_size
-        if missing:
-            ids = np.pad(state.cohort_ids, (0, missing), constant_values=PADDING)
-            state = state.replace(cohort_ids=ids)
+        if not isinstance(state.cohort_ids, jax.Array):
+            ids = spread(state.cohort_ids, self.slots.clients, fill=PADDING)
+            # Padding slots have what the last participant has.
+            cohort = jax.tree.map(lambda x: np.take(x, self.slots.clients, axis=0), state.cohort)
+            state = state.replace(cohort_ids=ids, cohort=cohort)
         return jax.tree.map(self._with_padding, state, self._shapes, self._shardings)
 
     # ------------------------------------------------------------------------ what the loop asks
@@ -140,7 +154,8 @@ class Rounds:
         return int(self._method.status_of(state.server)) if self._method.statuses else 0
 
     def _mean_network(self, server: Tree, cohort: Tree) -> Variables:
-        participants = slice(self._config.cohort_size)
+        slots = self.slots
+        participants = slice(self._config.cohort_size) if slots.in_order else slots.of_cohort
         return self._method.network(server, jax.tree.map(lambda x: x[participants], cohort))
 
     def bytes_a_device(self) -> dict[str, int]:
@@ -163,7 +178,7 @@ class Rounds:
     def _initial(self, loaded: Variables | None = None) -> TrainState:
         """With padding; pure."""
         return self._placement.create(
-            self._method, *self._keys(), self._config.num_clients, self.slots, loaded
+            self._method, *self._keys(), self._config.num_clients, self.slots.number, loaded
         )
 
     def _unpadded_initial(self) -> TrainState:
@@ -184,16 +199,27 @@ class Rounds:
         return self._placement.put_array(rows, sharding)
 
 
-def _without_padding(leaf: jax.Array, unpadded: Any) -> Any:
-    """A copy of a leaf's first rows; on the host, if there are others.
+def _of_slots(state: TrainState) -> dict[str, Tree]:
+    """What has a row for each slot, by its field."""
+    return {"cohort_ids": state.cohort_ids, "cohort": state.cohort}
+
+
+def _of_all(state: TrainState) -> TrainState:
+    """The rest of a state."""
+    return state.replace(cohort_ids=None, cohort=None)
+
+
+def _without_padding(leaf: jax.Array, unpadded: Any, order: np.ndarray | None = None) -> Any:
+    """A copy of a leaf's first rows, or of those in `order`; on the host, unless these are all, in
+    the order that they have.
 
     On one device of a CPU it is a view, and JAX does not let a program write to what has one. With
     several processes such leaves pass through every device, one at a time.
     """
-    if leaf.shape == unpadded.shape:
+    if leaf.shape == unpadded.shape and order is None:
         return jnp.copy(leaf)
     if leaf.is_fully_addressable:
         rows = np.asarray(leaf)
     else:
         rows = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return rows[: unpadded.shape[0]]
+    return rows[: unpadded.shape[0]] if order is None else rows[order]

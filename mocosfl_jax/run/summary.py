@@ -72,6 +72,7 @@ def summarize(
         "bytes_up_per_client_round": sizes.bytes_up_per_client_round,
         "bytes_down_per_client_round": sizes.bytes_down_per_client_round,
         **_once(sizes),
+        **_rich(sizes),
         **facts.values,
         **({"notes": list(facts.notes)} if facts.notes else {}),
         "seed": config.seed,
@@ -86,6 +87,13 @@ def _once(sizes: Plan) -> Summary:
     """What a client receives before its first round, if anything."""
     down = sizes.bytes_down_per_client_once
     return {"bytes_down_per_client_once": down} if down else {}
+
+
+def _rich(sizes: Plan) -> Summary:
+    """The same of a client that takes larger batches, if there are such."""
+    names = ("bytes_up_per_rich_client_round", "bytes_down_per_rich_client_round")
+    values = {name: getattr(sizes, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def read_summary(path: Path) -> Summary:

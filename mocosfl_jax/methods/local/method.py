@@ -3,7 +3,7 @@ FedU and FedEMA are its settings (docs/baselines.md)."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,8 @@ class LocalTraining(AlikeRounds):
     chance: float | None = None
     chunks: int = 1
     axes: Axes = NO_MESH
+
+    batch_factor: ClassVar[int] = 1
 
     @property
     def model(self) -> SplitModel:

@@ -1,5 +1,7 @@
 """From a resolved config to the method."""
 
+import math
+
 import jax
 
 from mocosfl_jax.config.averaging import Averaging
@@ -8,6 +10,7 @@ from mocosfl_jax.config.fields import Resolved
 from mocosfl_jax.config.measure import Measure
 from mocosfl_jax.config.network import model_of, network_of
 from mocosfl_jax.config.resolve import largest_divisor
+from mocosfl_jax.config.rich import blocks_of, groups_of
 from mocosfl_jax.config.saving import Saving as SavingFields
 from mocosfl_jax.federated.axes import NO_MESH, Axes
 from mocosfl_jax.learning.losses import LOSSES
@@ -60,6 +63,7 @@ def build(config: Resolved, axes: Axes = NO_MESH, devices: int = 1) -> MocoSFL:
         saving=_saving(config),
         chunks=config.cohort_chunks or _chunks(config, devices),
         axes=axes,
+        batch_factor=groups_of(config)[0].blocks,
     )
 
 
@@ -85,8 +89,8 @@ def queue_rows(config: Resolved) -> int:
 
 def keys_per_step(config: Resolved) -> int:
     """Rows that one step writes to the queue, or to each private queue."""
-    clients = config.cohort_size if config.feature_sharing else 1
-    return clients * config.images_a_step * LOSSES[config.loss].keys
+    batches = blocks_of(config) if config.feature_sharing else 1
+    return batches * config.images_a_step * LOSSES[config.loss].keys
 
 
 def queue_steps(config: Resolved) -> int:
@@ -95,10 +99,12 @@ def queue_steps(config: Resolved) -> int:
 
 
 def _chunks(config: Resolved, devices: int) -> int:
-    """Chunks of a device's cohort that suit it; they divide its slots."""
+    """Chunks of a device's cohort that suit it; they divide the slots of every group."""
     if jax.default_backend() != "cpu" or HEADS[config.head].batch_norm:
         return 1
-    slots = -(-config.cohort_size // devices)
+    groups = groups_of(config)
+    slots = [-(-group.clients // devices) for group in groups]
+    blocks = sum(n * group.blocks for n, group in zip(slots, groups, strict=True))
     side, _, channels = latent_shape(network_of(config), config.image_size, 1)
-    chunks = slots * config.images_a_step * (channels * side) ** 2 // CPU_CHUNK
-    return largest_divisor(slots, max(1, chunks))
+    chunks = blocks * config.images_a_step * (channels * side) ** 2 // CPU_CHUNK
+    return largest_divisor(math.gcd(*slots), max(1, chunks))

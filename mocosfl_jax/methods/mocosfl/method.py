@@ -24,6 +24,7 @@ from mocosfl_jax.federated.contract import (
     StepResult,
     Tree,
 )
+from mocosfl_jax.federated.slots import by_group, in_one, rich_slots
 from mocosfl_jax.learning.divergence import divergence
 from mocosfl_jax.learning.queue import Queue
 from mocosfl_jax.methods.mocosfl import client as client_side
@@ -31,19 +32,13 @@ from mocosfl_jax.methods.mocosfl import rounds, sizes
 from mocosfl_jax.methods.mocosfl import saving as saving_rule
 from mocosfl_jax.methods.mocosfl import server as server_side
 from mocosfl_jax.methods.mocosfl.client import ClientSide, ClientState, Pending, Totals
+from mocosfl_jax.methods.mocosfl.groups import by_client, gather_keys, messages_of
 from mocosfl_jax.methods.mocosfl.measures import divergence_metric, similarity_metrics
-from mocosfl_jax.methods.mocosfl.messages import ClientModel, LatentGradient, Latents, Params
+from mocosfl_jax.methods.mocosfl.messages import ClientModel, Latents, Params
 from mocosfl_jax.methods.mocosfl.saving import FULL, LATENTS_ONLY, SILENT, STATUSES, Saving
 from mocosfl_jax.methods.mocosfl.server import Learned, ServerSide, ServerState
 from mocosfl_jax.methods.mocosfl.state import Kept, MocoState, Participant
 from mocosfl_jax.models.split import SplitModel, Variables
-
-
-class Messages(NamedTuple):
-    """What travelled in a step, leading axis C."""
-
-    latents: Latents
-    gradient: LatentGradient
 
 
 class _Sums(NamedTuple):
@@ -56,11 +51,12 @@ class _Sums(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What each slot or row has for itself. learned: without the server's gradient."""
+    """What each slot or row has for itself. learned: without the server's gradient. latents: see
+    `Messages` in groups.py."""
 
     clients: ClientState
     learned: Learned
-    latents: Latents
+    latents: Any
 
 
 class _Synced(NamedTuple):
@@ -82,8 +78,9 @@ class MocoSFL:
     align: a sync averages key encoders too (MonAcoSFL). persistent: clients keep their state.
     measures_divergence: whether that of the clients at a sync is measured.
     saving: of loss-based saving; None: all rounds are full. status: of the round at hand.
-    chunks, axes: see `Method`.
-    Raises: ValueError: chunks with a BatchNorm head; stateless clients that would lose something.
+    chunks, axes, batch_factor: see `Method`.
+    Raises: ValueError: chunks with a BatchNorm head; stateless clients that would lose something;
+      private queues, or saving, of clients whose batches differ.
     """
 
     model: SplitModel
@@ -100,6 +97,7 @@ class MocoSFL:
     status: int = FULL
     chunks: int = 1
     axes: Axes = NO_MESH
+    batch_factor: int = 1
 
     views: ClassVar[int] = 2
     labels: ClassVar[bool] = False
@@ -111,6 +109,8 @@ class MocoSFL:
             raise ValueError("stateless clients take a shared queue and aligned key encoders")
         if not self.persistent and self.client.tau:
             raise ValueError("stateless clients keep nothing of their own models: tau = 0")
+        if self.batch_factor > 1 and (self.private_queues or self.saving):
+            raise ValueError("private queues and saving take batches of one size: batch_factor = 1")
 
     @property
     def chance(self) -> float:
@@ -191,7 +191,7 @@ class MocoSFL:
         )
 
         # 4. The keys go to the queue.
-        queue, queues = self._write_keys(server.queue, cohort.queue, own.learned.keys, batch.mask)
+        queue, queues = self._write_keys(server.queue, cohort.queue, own, batch.mask)
 
         # 5. The server's update; the clients' were made with their rows.
         server_grad = axes.sum_server(sums.server_grad, models.params)
@@ -238,7 +238,7 @@ class MocoSFL:
             MocoState(models, after.common, queue, syncs, saving),
             Participant(after.clients, queues, synced, stored),
             metrics,
-            Messages(own.latents, _by_client(own.learned, own.latents)) if messages else None,
+            messages_of(own.latents, own.learned.latent_grad, self.chunks) if messages else None,
         )
 
     def _of_slots(
@@ -257,32 +257,53 @@ class MocoSFL:
         """
         keys = batch.keys if self.client.needs_key else None
         if replayed is not None:
-            clients, latents, pending = cohort.client, replayed, Pending(None, None)
+            rich, held = 0, [(cohort.client, replayed, Pending(None, None), keys)]
         else:
-            query, key = batch.views
-            clients, latents, pending = jax.vmap(partial(client_side.forward, self.client))(
-                cohort.client, query, key, batch.mask, keys
-            )
+            rich = rich_slots(len(batch.keys), len(batch.mask), self.batch_factor)
+            forward = jax.vmap(partial(client_side.forward, self.client))
+            held = [
+                (*forward(client, query, key, mask, rng), rng)
+                for (client, rng), (query, key, mask) in zip(
+                    by_group((cohort.client, keys), rich),
+                    by_group((*batch.views, batch.mask), rich, self.batch_factor),
+                    strict=True,
+                )
+            ]
+        latents = tuple(sent for _, sent, _, _ in held)
         queues = _negatives(shared_queue, cohort.queue)
-        learned = server_side.learn(self.server, models, server_side.join(latents), queues, count)
+        rows = in_one([server_side.join(sent) for sent in latents])
+        learned = server_side.learn(self.server, models, rows, queues, count)
         rate = self.client_learning_rate * batch.rate_factor
-        clients, metrics = jax.vmap(
+        update = jax.vmap(
             lambda client, pending, gradient, key: client_side.update(
                 self.client, client, pending, gradient, rate, batch.to_pixels, key, batch.progress
             )
-        )(clients, pending, _by_client(learned, latents), keys)
+        )
+        gradients = by_client(learned.latent_grad, latents)
+        clients, metrics = in_one(
+            [
+                update(client, pending, gradient, key)
+                for (client, _, pending, key), gradient in zip(held, gradients, strict=True)
+            ]
+        )
         totals = jax.tree.map(lambda x: x.sum(axis=0), metrics)
         sums = _Sums(learned.server_grad, learned.loss, learned.correct, totals)
-        return sums, _Rows(clients, learned._replace(server_grad=None), latents)
+        sent = latents if rich else latents[0]
+        return sums, _Rows(clients, learned._replace(server_grad=None), sent)
 
     def _write_keys(
         self,
         shared: Queue | None,
         private: Queue | None,
-        keys: tuple[jax.Array, ...],
+        own: _Rows,
         mask_CB: jax.Array,
     ) -> tuple[Queue | None, Queue | None]:
         """The shared queue and the private ones, one of which is None, with the step's keys."""
+        keys = own.learned.keys
+        if not isinstance(own.latents, Latents):
+            assert shared is not None, "batches of two sizes have a shared queue"
+            keys, mask_R = gather_keys(keys, own.latents, self.chunks, self.axes)
+            return server_side.write_keys(shared, keys, mask_R), None
         mask_R = jnp.concatenate([mask_CB] * self.server.loss.rows, axis=1).reshape(-1)
         if shared is None:
             assert private is not None, "one of the two exists"
@@ -340,8 +361,3 @@ def _negatives(shared: Queue | None, private: Queue | None) -> jax.Array:
         return shared.keys[None]
     assert private is not None, "one of the two exists"
     return private.keys
-
-
-def _by_client(learned: Learned, latents_C: Latents) -> LatentGradient:
-    """The gradient of each client's query latents, (C, B', h, w, c)."""
-    return LatentGradient(learned.latent_grad.reshape(latents_C.query.shape))

@@ -12,6 +12,7 @@ from mocosfl_jax.config.defences import DEFENCES
 from mocosfl_jax.config.fields import Config, Resolved
 from mocosfl_jax.config.measure import MOST_AGES, Measure
 from mocosfl_jax.config.recipe import Facts, FormerLayout, Recipe
+from mocosfl_jax.config.rich import Rich, rich_of
 from mocosfl_jax.config.saving import Saving
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
@@ -49,6 +50,7 @@ def _check(config: Resolved, info: DatasetInfo) -> None:
     _check_averaging(config)
     _check_measure(config)
     _check_saving(config)
+    _check_rich(config)
     check_defences(config)
 
 
@@ -151,6 +153,16 @@ def _bytes(shapes: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
+def _check_rich(config: Resolved) -> None:
+    rich = rich_of(config)
+    if rich is not None and not config.feature_sharing:
+        allowed = "with private queues (config.feature_sharing=False) all clients must be alike: 0"
+        raise InputError("config.rich.clients", rich.clients, allowed)
+    if rich is not None and config.section_or_default(Saving).threshold:
+        allowed = "config.saving.threshold is set, and what it stores is of clients alike: 0"
+        raise InputError("config.rich.clients", rich.clients, allowed)
+
+
 MOCOSFL = Recipe(
     reads=frozenset(
         {
@@ -172,7 +184,13 @@ MOCOSFL = Recipe(
     rules=_rules,
     check=_check,
     check_holdings=check_holdings,
-    sections={**DEFENCES, "averaging": Averaging, "measure": Measure, "saving": Saving},
+    sections={
+        **DEFENCES,
+        "averaging": Averaging,
+        "measure": Measure,
+        "rich": Rich,
+        "saving": Saving,
+    },
     facts=_facts,
     memory_hints={
         "population": ("client_state", "stateless clients (with align_momentum) keep nothing"),
