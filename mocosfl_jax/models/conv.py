@@ -28,6 +28,7 @@ _WINOGRAD_CHUNK_PIXELS = 512
 
 # Channels, on both sides of a kernel, from which Winograd's form is faster.
 _WINOGRAD_CHANNELS = 64
+_WINOGRAD_PIXELS = 49
 
 _convolve = functools.partial(
     lax.conv_general_dilated,
@@ -193,6 +194,7 @@ def _suits_winograd(images: jax.Array, kernel_shape: tuple[int, ...], stride: in
         and images.dtype == jnp.float32
         and (k, stride) == (3, 1)
         and min(channels) >= _WINOGRAD_CHANNELS
+        and images.shape[1] * images.shape[2] >= _WINOGRAD_PIXELS
         and -images.shape[1] % winograd.TILE <= images.shape[1] // 3
     )
 

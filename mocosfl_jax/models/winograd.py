@@ -57,7 +57,7 @@ TILE = OUTPUT.shape[1]
 """Rows of the output that are computed together; the last ones may be cut off."""
 
 # Values of images that are convolved at once; buffers take about four times as many.
-_GROUP_VALUES = 2**21
+_GROUP_VALUES = 2**18
 
 _along_rows = functools.partial(
     lax.conv_general_dilated,
@@ -73,15 +73,15 @@ def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Args: x: (B, H, W, I) float32. kernel: (3, 3, I, O) float32.
     Returns: (B, H, W, O).
     """
-    kernels = _combine(KERNEL, [kernel[i : i + 1] for i in range(3)])
     images = largest_divisor(len(x), _GROUP_VALUES // math.prod(x.shape[1:]))
     if images == len(x):
-        return _convolve_group(x, kernels)
+        return _convolve_group(x, kernel)
     groups = x.reshape(-1, images, *x.shape[1:])
-    y = lax.map(lambda x: _convolve_group(x, kernels), groups)
+    y = lax.map(lambda x: _convolve_group(x, kernel), groups)
     return y.reshape(-1, *y.shape[2:])
 
 
+@jax.jit
 def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     """Gradient of the kernel of `convolution`, (3, 3, I, O).
 
@@ -107,9 +107,10 @@ def largest_divisor(number: int, most: int) -> int:
     return max(n for n in range(1, number + 1) if number % n == 0 and n <= max(1, most))
 
 
-def _convolve_group(x: jax.Array, kernels: Sequence[jax.Array]) -> jax.Array:
-    """Args: kernels: six transformed ones, (1, 3, I, O)."""
+@jax.jit
+def _convolve_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
     batch, height, width, _ = x.shape
+    kernels = _combine(KERNEL, [kernel[i : i + 1] for i in range(3)])
     images = _combine(IMAGE, _image_rows(x))
     products = [_along_rows(image, kernel) for image, kernel in zip(images, kernels, strict=True)]
     y = jnp.stack(_combine(OUTPUT.T, products), axis=2)
