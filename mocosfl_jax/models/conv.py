@@ -24,7 +24,7 @@ from mocosfl_jax.models.winograd import largest_divisor
 _CHUNK_PIXELS = 2048
 
 # The same for Winograd's form.
-_WINOGRAD_CHUNK_PIXELS = 512
+_WINOGRAD_CHUNK_PIXELS = 1024
 
 # Channels, on both sides of a kernel, from which Winograd's form is faster.
 _WINOGRAD_CHANNELS = 64

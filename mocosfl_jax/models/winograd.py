@@ -57,7 +57,7 @@ TILE = OUTPUT.shape[1]
 """Rows of the output that are computed together; the last ones may be cut off."""
 
 # Values of images that are convolved at once; buffers take about four times as many.
-_GROUP_VALUES = 2**18
+_GROUP_VALUES = 2**21
 
 _along_rows = functools.partial(
     lax.conv_general_dilated,
@@ -90,16 +90,13 @@ def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     batch, height, width, inputs = x.shape
     x_IHV = x.transpose(3, 1, 2, 0).reshape(inputs, height, width * batch)
     g_HV = g.transpose(1, 2, 0, 3).reshape(height, -1)
-    images = _combine(IMAGE, _image_rows(x_IHV))
-    gradients = _combine(OUTPUT, _every_tile(_padded(g_HV, 0, (0, 0)), 0, TILE))
-    products = [
-        _along_rows(
-            image_ITV.reshape(inputs, -1, width, batch),
-            gradient_TV.reshape(-1, width, batch, g.shape[-1]),
-        )
-        for image_ITV, gradient_TV in zip(images, gradients, strict=True)
-    ]  # (I, 1, 3, O)
-    return jnp.concatenate(_combine(KERNEL.T, [p.swapaxes(0, 1).swapaxes(1, 2) for p in products]))
+    images_PITV = _combine(IMAGE, _image_rows(x_IHV))
+    gradients_PTV = _combine(OUTPUT, _tile_rows(g_HV, axis=0))
+    products_PI3O = _products(
+        images_PITV.reshape(len(IMAGE), inputs, -1, width, batch),
+        gradients_PTV.reshape(len(OUTPUT), -1, width, batch, g.shape[-1]),
+    )[:, :, 0]
+    return _combine(KERNEL.T, list(products_PI3O)).swapaxes(1, 2)
 
 
 def largest_divisor(number: int, most: int) -> int:
@@ -110,37 +107,42 @@ def largest_divisor(number: int, most: int) -> int:
 @jax.jit
 def _convolve_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
     batch, height, width, _ = x.shape
-    kernels = _combine(KERNEL, [kernel[i : i + 1] for i in range(3)])
-    images = _combine(IMAGE, _image_rows(x))
-    products = [_along_rows(image, kernel) for image, kernel in zip(images, kernels, strict=True)]
-    y = jnp.stack(_combine(OUTPUT.T, products), axis=2)
+    kernels_P = _combine(KERNEL, [kernel[i : i + 1] for i in range(3)])
+    products_PBTWO = _products(_combine(IMAGE, _image_rows(x)), kernels_P)
+    y = _combine(OUTPUT.T, list(products_PBTWO), axis=2)
     return y.reshape(batch, -1, width, y.shape[-1])[:, :height]
 
 
+def _products(images_P: jax.Array, kernels_P: jax.Array) -> jax.Array:
+    """The convolutions along the rows, in a loop: one is as fast, and six take longer to compile."""
+    return lax.map(lambda pair: _along_rows(*pair), (images_P, kernels_P))
+
+
 def _image_rows(x: jax.Array) -> list[jax.Array]:
-    """The six rows that each tile reads, along axis 1: the one before it comes first."""
-    return _every_tile(_padded(x, 1, (1, 1)), 1, len(IMAGE))
+    """The six rows that a tile reads, of all tiles, along axis 1."""
+    return _tile_rows(x, axis=1, margin=1)
 
 
-def _padded(x: jax.Array, axis: int, pad: tuple[int, int]) -> jax.Array:
-    """Zeros before and after an axis, and those that fill the last tile."""
+def _tile_rows(x: jax.Array, axis: int, margin: int = 0) -> list[jax.Array]:
+    """For each row of a tile, with so many rows more on both sides: that row of all tiles.
+
+    What lies outside of x is zero.
+    """
     pads = [(0, 0)] * x.ndim
-    pads[axis] = (pad[0], pad[1] + -x.shape[axis] % TILE)
-    return jnp.pad(x, pads)
-
-
-def _every_tile(x: jax.Array, axis: int, rows: int) -> list[jax.Array]:
-    """For each of the first `rows` rows of a tile: that row of all tiles."""
-    last = x.shape[axis] - rows
-    return [lax.slice_in_dim(x, row, row + last + 1, TILE, axis) for row in range(rows)]
-
-
-def _combine(coefficients: np.ndarray, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """For each row of coefficients, the sum of the arrays times it."""
+    pads[axis] = (margin, margin + -x.shape[axis] % TILE)
+    x = jnp.pad(x, pads)
+    rows = TILE + 2 * margin
     return [
-        functools.reduce(
-            jnp.add,
-            [c * x for c, x in zip(map(float, row), arrays, strict=True) if c],
-        )
-        for row in coefficients
+        lax.slice_in_dim(x, row, x.shape[axis] - rows + row + 1, TILE, axis) for row in range(rows)
     ]
+
+
+def _combine(coefficients: np.ndarray, arrays: Sequence[jax.Array], axis: int = 0) -> jax.Array:
+    """For each row of coefficients, the sum of the arrays times it; the rows are a new axis."""
+    shape = [-1 if i == axis else 1 for i in range(arrays[0].ndim + 1)]
+    columns = np.float32(coefficients.T)
+    terms = [
+        column.reshape(shape) * jnp.expand_dims(array, axis)
+        for column, array in zip(columns, arrays, strict=True)
+    ]
+    return functools.reduce(jnp.add, terms)
