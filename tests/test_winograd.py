@@ -20,7 +20,9 @@ def any_shape(monkeypatch):
     """The form for a CPU, whatever the channels and the size."""
     monkeypatch.setattr(conv_module, "on_cpu", lambda: True)
     monkeypatch.setattr(conv_module, "_WINOGRAD_CHANNELS", 1)
+    monkeypatch.setattr(conv_module, "_WINOGRAD_GRADIENT_CHANNELS", 1)
     monkeypatch.setattr(conv_module, "_WINOGRAD_PIXELS", 1)
+    jax.clear_caches()  # of programs that other tests traced
 
 
 def arrays(shape, clients=()):
@@ -68,10 +70,11 @@ def test_the_three_transforms_make_a_correlation():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("limits", [(2**21, 1024), (200, 50)])
+@pytest.mark.parametrize("limits", [(2**21, 1024, 128), (200, 50, 1)])
 def test_value_and_gradients_are_those_of_the_definition(shape, limits, any_shape, monkeypatch):
     monkeypatch.setattr(winograd, "_GROUP_VALUES", limits[0])
     monkeypatch.setattr(conv_module, "_WINOGRAD_CHUNK_PIXELS", limits[1])
+    monkeypatch.setattr(winograd, "_LOOP_CHANNELS", limits[2])
     args = arrays(shape)
     assert_close(jax.jit(with_gradients())(*args), by_definition(*args))
 

@@ -26,8 +26,16 @@ _CHUNK_PIXELS = 2048
 # The same for Winograd's form.
 _WINOGRAD_CHUNK_PIXELS = 1024
 
-# Channels, on both sides of a kernel, from which Winograd's form is faster.
+# Where Winograd's form is used: channels on both sides of the kernel, of the convolution (and of the
+# gradient of images, which is one) and of the gradient of kernels, and pixels of the map. Time of
+# Winograd's form over the direct one's, 20 images, two cores of an AMD EPYC, 2026-11-26
+# (`python -m benchmarks.conv`; the errors are in docs/results/step.md):
+#   channels, map            32, 16x16   64, 32x32   128, 16x16   256, 8x8   512, 4x4
+#   convolution                 1.1        0.73         0.69        0.65        0.9
+#   gradient of kernels          -          1          0.69        0.70        0.95
+# At 4x4 the transformed kernels would take 100 MB of a step of ResNet-18 besides.
 _WINOGRAD_CHANNELS = 64
+_WINOGRAD_GRADIENT_CHANNELS = 128
 _WINOGRAD_PIXELS = 49
 
 _convolve = functools.partial(
@@ -121,7 +129,7 @@ _conv_transpose2x.defvjp(_transpose_fwd, _transpose_bwd)
 @functools.cache
 def _forward(stride: int) -> _Binary:
     def one(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        if _suits_winograd(x, kernel.shape, stride):
+        if _suits_winograd(x, kernel.shape, stride, _WINOGRAD_CHANNELS):
             return winograd.convolution(x, kernel)
         pad = kernel.shape[0] // 2
         return _convolve(x, kernel, (stride, stride), [(pad, pad)] * 2).astype(x.dtype)
@@ -140,7 +148,7 @@ def _input_gradient(stride: int, size_HW: tuple[int, int]) -> _Binary:
     def one(g: jax.Array, kernel: jax.Array) -> jax.Array:
         k = kernel.shape[0]
         mirrored = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-        if _suits_winograd(g, kernel.shape, stride):
+        if _suits_winograd(g, kernel.shape, stride, _WINOGRAD_CHANNELS):
             return winograd.convolution(g, mirrored)
         low = k - 1 - k // 2
         sizes = zip(size_HW, g.shape[1:3], strict=True)
@@ -172,7 +180,9 @@ def _kernel_gradient(stride: int, k: int) -> _Binary:
     def one(x: jax.Array, g: jax.Array) -> jax.Array:
         if k == 1:
             total = _einsum("bhwijk,bhwo->ijko", _patches(x, 1, stride), g)
-        elif _suits_winograd(x, (k, k, x.shape[3], g.shape[3]), stride):
+        elif _suits_winograd(
+            x, (k, k, x.shape[3], g.shape[3]), stride, _WINOGRAD_GRADIENT_CHANNELS
+        ):
             total = _sum_over_chunks(winograd.kernel_gradient, x, g, _WINOGRAD_CHUNK_PIXELS)
         elif on_cpu():
             total = _sum_over_chunks(whole, x, g, _CHUNK_PIXELS)
@@ -186,14 +196,16 @@ def _kernel_gradient(stride: int, k: int) -> _Binary:
     return _batchable(one, clients, folds=False)
 
 
-def _suits_winograd(images: jax.Array, kernel_shape: tuple[int, ...], stride: int) -> bool:
+def _suits_winograd(
+    images: jax.Array, kernel_shape: tuple[int, ...], stride: int, least_channels: int
+) -> bool:
     """The rule for all three products. `images`: those of the input or of the output."""
     k, _, *channels = kernel_shape
     return (
         on_cpu()
         and images.dtype == jnp.float32
         and (k, stride) == (3, 1)
-        and min(channels) >= _WINOGRAD_CHANNELS
+        and min(channels) >= least_channels
         and images.shape[1] * images.shape[2] >= _WINOGRAD_PIXELS
         and -images.shape[1] % winograd.TILE <= images.shape[1] // 3
     )

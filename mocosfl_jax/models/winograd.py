@@ -59,6 +59,10 @@ TILE = OUTPUT.shape[1]
 # Values of images that are convolved at once; buffers take about four times as many.
 _GROUP_VALUES = 2**21
 
+# Output channels from which the six products run in a loop. It compiles in half of the time, but
+# copies each product's operands, which takes as long as it saves where channels are few.
+_LOOP_CHANNELS = 128
+
 _along_rows = functools.partial(
     lax.conv_general_dilated,
     window_strides=(1, 1),
@@ -92,11 +96,11 @@ def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     g_HV = g.transpose(1, 2, 0, 3).reshape(height, -1)
     images_PITV = _combine(IMAGE, _image_rows(x_IHV))
     gradients_PTV = _combine(OUTPUT, _tile_rows(g_HV, axis=0))
-    products_PI3O = _products(
+    products = _products(
         images_PITV.reshape(len(IMAGE), inputs, -1, width, batch),
         gradients_PTV.reshape(len(OUTPUT), -1, width, batch, g.shape[-1]),
-    )[:, :, 0]
-    return _combine(KERNEL.T, list(products_PI3O)).swapaxes(1, 2)
+    )
+    return _combine(KERNEL.T, [product[:, 0] for product in products]).swapaxes(1, 2)
 
 
 def largest_divisor(number: int, most: int) -> int:
@@ -108,14 +112,17 @@ def largest_divisor(number: int, most: int) -> int:
 def _convolve_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
     batch, height, width, _ = x.shape
     kernels_P = _combine(KERNEL, [kernel[i : i + 1] for i in range(3)])
-    products_PBTWO = _products(_combine(IMAGE, _image_rows(x)), kernels_P)
-    y = _combine(OUTPUT.T, list(products_PBTWO), axis=2)
+    products = _products(_combine(IMAGE, _image_rows(x)), kernels_P)
+    y = _combine(OUTPUT.T, products, axis=2)
     return y.reshape(batch, -1, width, y.shape[-1])[:, :height]
 
 
-def _products(images_P: jax.Array, kernels_P: jax.Array) -> jax.Array:
-    """The convolutions along the rows, in a loop: one is as fast, and six take longer to compile."""
-    return lax.map(lambda pair: _along_rows(*pair), (images_P, kernels_P))
+def _products(images_P: jax.Array, kernels_P: jax.Array) -> list[jax.Array]:
+    """The six convolutions along the rows."""
+    if kernels_P.shape[-1] < _LOOP_CHANNELS:
+        pairs = zip(images_P, kernels_P, strict=True)
+        return [_along_rows(image, kernel) for image, kernel in pairs]
+    return list(lax.map(lambda pair: _along_rows(*pair), (images_P, kernels_P)))
 
 
 def _image_rows(x: jax.Array) -> list[jax.Array]:
