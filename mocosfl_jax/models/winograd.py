@@ -12,6 +12,7 @@ and infinity.
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ IMAGE = np.array(
         [0, -1 / _R, -0.5, _R, 1, 0],
         [0, 1 / _R, -0.5, -_R, 1, 0],
         [0, 1, 0, -2.5, 0, 1],
-    ]
+    ],
+    np.float32,
 )
 KERNEL = np.array(
     [
@@ -40,7 +42,8 @@ KERNEL = np.array(
         [1 / 6, _R / 6, 1 / 3],
         [1 / 6, -_R / 6, 1 / 3],
         [0, 0, 1],
-    ]
+    ],
+    np.float32,
 )
 OUTPUT = np.array(
     [
@@ -50,7 +53,8 @@ OUTPUT = np.array(
         [1, _R, 2, 2 * _R],
         [1, -_R, 2, -2 * _R],
         [0, 0, 0, 1],
-    ]
+    ],
+    np.float32,
 )
 
 TILE = OUTPUT.shape[1]
@@ -59,8 +63,8 @@ TILE = OUTPUT.shape[1]
 # Values of images that are convolved at once; buffers take about four times as many.
 _GROUP_VALUES = 2**21
 
-# Output channels from which the six products run in a loop. It compiles in half of the time, but
-# copies each product's operands, which takes as long as it saves where channels are few.
+# Output channels from which the six products of a convolution run in a loop. It compiles in half of
+# the time, but copies what each product reads, which takes too long where channels are few.
 _LOOP_CHANNELS = 128
 
 _along_rows = functools.partial(
@@ -96,11 +100,12 @@ def kernel_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     g_HV = g.transpose(1, 2, 0, 3).reshape(height, -1)
     images_PITV = _combine(IMAGE, _image_rows(x_IHV))
     gradients_PTV = _combine(OUTPUT, _tile_rows(g_HV, axis=0))
-    products = _products(
+    pairs = (
         images_PITV.reshape(len(IMAGE), inputs, -1, width, batch),
         gradients_PTV.reshape(len(OUTPUT), -1, width, batch, g.shape[-1]),
     )
-    return _combine(KERNEL.T, [product[:, 0] for product in products]).swapaxes(1, 2)
+    products_PI3O = lax.map(lambda pair: _along_rows(*pair), pairs)[:, :, 0]
+    return _combine(KERNEL.T, list(products_PI3O)).swapaxes(1, 2)
 
 
 def largest_divisor(number: int, most: int) -> int:
@@ -111,18 +116,20 @@ def largest_divisor(number: int, most: int) -> int:
 @jax.jit
 def _convolve_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
     batch, height, width, _ = x.shape
-    kernels_P = _combine(KERNEL, [kernel[i : i + 1] for i in range(3)])
-    products = _products(_combine(IMAGE, _image_rows(x)), kernels_P)
+    rows = [kernel[i : i + 1] for i in range(3)]
+    images_P = _combine(IMAGE, _image_rows(x))
+    if kernel.shape[3] < _LOOP_CHANNELS:
+        pairs = zip(images_P, _combine(KERNEL, rows), strict=True)
+        products = [_along_rows(image, kernel) for image, kernel in pairs]
+    else:
+        products = list(lax.map(lambda pair: _product(*pair, rows), (images_P, KERNEL)))
     y = _combine(OUTPUT.T, products, axis=2)
     return y.reshape(batch, -1, width, y.shape[-1])[:, :height]
 
 
-def _products(images_P: jax.Array, kernels_P: jax.Array) -> list[jax.Array]:
-    """The six convolutions along the rows."""
-    if kernels_P.shape[-1] < _LOOP_CHANNELS:
-        pairs = zip(images_P, kernels_P, strict=True)
-        return [_along_rows(image, kernel) for image, kernel in pairs]
-    return list(lax.map(lambda pair: _along_rows(*pair), (images_P, kernels_P)))
+def _product(image: jax.Array, weights: jax.Array, rows: Sequence[jax.Array]) -> jax.Array:
+    """With the kernel transformed here, so that a program holds only one of the six at a time."""
+    return _along_rows(image, _weighted(rows, [weights[k] for k in range(3)]))
 
 
 def _image_rows(x: jax.Array) -> list[jax.Array]:
@@ -147,9 +154,11 @@ def _tile_rows(x: jax.Array, axis: int, margin: int = 0) -> list[jax.Array]:
 def _combine(coefficients: np.ndarray, arrays: Sequence[jax.Array], axis: int = 0) -> jax.Array:
     """For each row of coefficients, the sum of the arrays times it; the rows are a new axis."""
     shape = [-1 if i == axis else 1 for i in range(arrays[0].ndim + 1)]
-    columns = np.float32(coefficients.T)
-    terms = [
-        column.reshape(shape) * jnp.expand_dims(array, axis)
-        for column, array in zip(columns, arrays, strict=True)
-    ]
+    expanded = [jnp.expand_dims(array, axis) for array in arrays]
+    return _weighted(expanded, [column.reshape(shape) for column in coefficients.T])
+
+
+def _weighted(arrays: Sequence[jax.Array], weights: Sequence[Any]) -> jax.Array:
+    """The sum of the arrays, each times its weight."""
+    terms = [weight * array for weight, array in zip(weights, arrays, strict=True)]
     return functools.reduce(jnp.add, terms)
