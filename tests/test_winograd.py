@@ -1,6 +1,5 @@
 """Winograd's form against the definition of a convolution in float64, and where it is used."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

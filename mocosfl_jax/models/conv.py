@@ -26,14 +26,13 @@ _CHUNK_PIXELS = 2048
 # The same for Winograd's form.
 _WINOGRAD_CHUNK_PIXELS = 1024
 
-# Where Winograd's form is used: channels on both sides of the kernel, of the convolution (and of the
-# gradient of images, which is one) and of the gradient of kernels, and pixels of the map. Time of
-# Winograd's form over the direct one's, 20 images, two cores of an AMD EPYC, 2026-11-26
-# (`python -m benchmarks.conv`; the errors are in docs/results/step.md):
-#   channels, map            32, 16x16   64, 32x32   128, 16x16   256, 8x8   512, 4x4
-#   convolution                 1.1        0.73         0.69        0.65        0.9
-#   gradient of kernels          -          1          0.69        0.70        0.95
-# At 4x4 the transformed kernels would take 100 MB of a step of ResNet-18 besides.
+# Where Winograd's form is used: channels on both sides of the kernel, for the convolution (which
+# the gradient of images is too) and for the gradient of kernels, and pixels of the map. Its time over
+# that of the direct form, 20 images, two cores of an AMD EPYC, 2026-11-26 (docs/results/step.md,
+# `python -m benchmarks.conv`):
+#   channels, map          32, 16x16   64, 32x32   128, 16x16   256, 8x8   512, 4x4
+#   convolution               0.9         0.75        0.65        0.65        0.9
+#   gradient of kernels        -          1.1         0.7         0.7         0.9
 _WINOGRAD_CHANNELS = 64
 _WINOGRAD_GRADIENT_CHANNELS = 128
 _WINOGRAD_PIXELS = 49
