@@ -27,9 +27,9 @@ _CHUNK_PIXELS = 2048
 _WINOGRAD_CHUNK_PIXELS = 1024
 
 # Where Winograd's form is used: channels on both sides of the kernel, for the convolution (which
-# the gradient of images is too) and for the gradient of kernels, and pixels of the map. Its time over
-# that of the direct form, 20 images, two cores of an AMD EPYC, 2026-11-26 (docs/results/step.md,
-# `python -m benchmarks.conv`):
+# the gradient of images is too) and for the gradient of kernels, and pixels of the map. Its time
+# over that of the direct form, 20 images, two cores of an AMD EPYC, 2026-11-26
+# (docs/results/step.md, `python -m benchmarks.conv`):
 #   channels, map          32, 16x16   64, 32x32   128, 16x16   256, 8x8   512, 4x4
 #   convolution               0.9         0.75        0.65        0.65        0.9
 #   gradient of kernels        -          1.1         0.7         0.7         0.9

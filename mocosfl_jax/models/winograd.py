@@ -116,20 +116,25 @@ def largest_divisor(number: int, most: int) -> int:
 @jax.jit
 def _convolve_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
     batch, height, width, _ = x.shape
-    rows = [kernel[i : i + 1] for i in range(3)]
     images_P = _combine(IMAGE, _image_rows(x))
     if kernel.shape[3] < _LOOP_CHANNELS:
-        pairs = zip(images_P, _combine(KERNEL, rows), strict=True)
-        products = [_along_rows(image, kernel) for image, kernel in pairs]
+        rows_P = _combine(KERNEL, _kernel_rows(kernel))
+        products = [_along_rows(image, row) for image, row in zip(images_P, rows_P, strict=True)]
     else:
-        products = list(lax.map(lambda pair: _product(*pair, rows), (images_P, KERNEL)))
+        pairs = (images_P, KERNEL)
+        products = list(lax.map(lambda pair: _product(pair[0], pair[1], kernel), pairs))
     y = _combine(OUTPUT.T, products, axis=2)
     return y.reshape(batch, -1, width, y.shape[-1])[:, :height]
 
 
-def _product(image: jax.Array, weights: jax.Array, rows: Sequence[jax.Array]) -> jax.Array:
+def _product(image: jax.Array, weights: jax.Array, kernel: jax.Array) -> jax.Array:
     """With the kernel transformed here, so that a program holds only one of the six at a time."""
-    return _along_rows(image, _weighted(rows, [weights[k] for k in range(3)]))
+    row = _weighted(_kernel_rows(kernel), [weights[k] for k in range(3)])
+    return _along_rows(image, row)
+
+
+def _kernel_rows(kernel: jax.Array) -> list[jax.Array]:
+    return [kernel[k : k + 1] for k in range(3)]
 
 
 def _image_rows(x: jax.Array) -> list[jax.Array]:
