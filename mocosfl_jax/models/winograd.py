@@ -121,10 +121,22 @@ def _convolve_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
         rows_P = _combine(KERNEL, _kernel_rows(kernel))
         products = [_along_rows(image, row) for image, row in zip(images_P, rows_P, strict=True)]
     else:
-        pairs = (images_P, KERNEL)
-        products = list(lax.map(lambda pair: _product(pair[0], pair[1], kernel), pairs))
+        products = list(_product_loop(images_P, kernel))
     y = _combine(OUTPUT.T, products, axis=2)
     return y.reshape(batch, -1, width, y.shape[-1])[:, :height]
+
+
+def _product_loop(images_P: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Each product takes the place of its images where it has as many channels."""
+    weights_P = jnp.asarray(KERNEL)
+    if kernel.shape[2] != kernel.shape[3]:
+        return lax.map(lambda pair: _product(pair[0], pair[1], kernel), (images_P, weights_P))
+    return lax.fori_loop(
+        0,
+        len(KERNEL),
+        lambda p, buffer_P: buffer_P.at[p].set(_product(buffer_P[p], weights_P[p], kernel)),
+        images_P,
+    )
 
 
 def _product(image: jax.Array, weights: jax.Array, kernel: jax.Array) -> jax.Array:
