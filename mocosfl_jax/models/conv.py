@@ -4,7 +4,8 @@ JAX's own convolution has two faults for split-federated training. Its gradients
 layouts, which XLA:CPU runs tens of times slower inside a loop; here they are written in the layout
 of the forward pass. And `vmap` over kernels turns it into a grouped convolution, which is slow
 everywhere; here it becomes plain convolutions, client after client, on a CPU, and a batched matrix
-product of patches on an accelerator.
+product of patches on an accelerator. On a CPU, 3x3 convolutions take half of the multiplications
+(`winograd.py`) where that is faster.
 """
 
 import functools
@@ -14,10 +15,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mocosfl_jax.models import winograd
+from mocosfl_jax.models.winograd import largest_divisor
+
 # Pixels of `x` in one convolution of the kernel gradient on a CPU. It keeps what the convolution
 # reads in the cache; share of the float32 peak reached, whole batch of 100 / in chunks:
 # 0.45 / 0.95 (64 channels, 32x32), 0.5 / 0.95 (128, 16x16), 0.65 / 0.98 (256, 8x8).
 _CHUNK_PIXELS = 2048
+
+# The same for Winograd's form.
+_WINOGRAD_CHUNK_PIXELS = 1024
+
+# Where Winograd's form is used: channels on both sides of the kernel, for the convolution (which
+# the gradient of images is too) and for the gradient of kernels, and pixels of the map. Its time
+# over that of the direct form, 20 images, two cores of an AMD EPYC, 2026-11-26
+# (docs/results/step.md, `python -m benchmarks.conv`):
+#   channels, map          32, 16x16   64, 32x32   128, 16x16   256, 8x8   512, 4x4
+#   convolution               0.9         0.75        0.65        0.65        0.9
+#   gradient of kernels        -          1.1         0.7         0.7         0.9
+_WINOGRAD_CHANNELS = 64
+_WINOGRAD_GRADIENT_CHANNELS = 128
+_WINOGRAD_PIXELS = 49
 
 _convolve = functools.partial(
     lax.conv_general_dilated,
@@ -110,6 +128,8 @@ _conv_transpose2x.defvjp(_transpose_fwd, _transpose_bwd)
 @functools.cache
 def _forward(stride: int) -> _Binary:
     def one(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if _suits_winograd(x, kernel.shape, stride, _WINOGRAD_CHANNELS):
+            return winograd.convolution(x, kernel)
         pad = kernel.shape[0] // 2
         return _convolve(x, kernel, (stride, stride), [(pad, pad)] * 2).astype(x.dtype)
 
@@ -126,10 +146,12 @@ def _input_gradient(stride: int, size_HW: tuple[int, int]) -> _Binary:
 
     def one(g: jax.Array, kernel: jax.Array) -> jax.Array:
         k = kernel.shape[0]
+        mirrored = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+        if _suits_winograd(g, kernel.shape, stride, _WINOGRAD_CHANNELS):
+            return winograd.convolution(g, mirrored)
         low = k - 1 - k // 2
         sizes = zip(size_HW, g.shape[1:3], strict=True)
         pads = [(low, n - (m - 1) * stride - 2 - low + k) for n, m in sizes]
-        mirrored = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
         dx = _convolve(g, mirrored, (1, 1), pads, lhs_dilation=(stride, stride))
         return dx.astype(g.dtype)
 
@@ -157,8 +179,12 @@ def _kernel_gradient(stride: int, k: int) -> _Binary:
     def one(x: jax.Array, g: jax.Array) -> jax.Array:
         if k == 1:
             total = _einsum("bhwijk,bhwo->ijko", _patches(x, 1, stride), g)
+        elif _suits_winograd(
+            x, (k, k, x.shape[3], g.shape[3]), stride, _WINOGRAD_GRADIENT_CHANNELS
+        ):
+            total = _sum_over_chunks(winograd.kernel_gradient, x, g, _WINOGRAD_CHUNK_PIXELS)
         elif on_cpu():
-            total = _sum_over_chunks(whole, x, g)
+            total = _sum_over_chunks(whole, x, g, _CHUNK_PIXELS)
         else:
             total = whole(x, g)
         return total.astype(x.dtype)
@@ -169,15 +195,31 @@ def _kernel_gradient(stride: int, k: int) -> _Binary:
     return _batchable(one, clients, folds=False)
 
 
-def _sum_over_chunks(f: _Binary, x: jax.Array, g: jax.Array) -> jax.Array:
-    """`f(x, g)`, which sums over images, as a sum of `f` over chunks of `_CHUNK_PIXELS`."""
-    batch, height, width = x.shape[:3]
-    most = max(1, _CHUNK_PIXELS // (height * width))
-    images = max(n for n in range(1, batch + 1) if n <= most and batch % n == 0)
-    if images == batch:
+def _suits_winograd(
+    images: jax.Array, kernel_shape: tuple[int, ...], stride: int, least_channels: int
+) -> bool:
+    """The rule for all three products. `images`: those of the input or of the output."""
+    k, _, *channels = kernel_shape
+    return (
+        on_cpu()
+        and images.dtype == jnp.float32
+        and (k, stride) == (3, 1)
+        and min(channels) >= least_channels
+        and images.shape[1] * images.shape[2] >= _WINOGRAD_PIXELS
+        and -images.shape[1] % winograd.TILE <= images.shape[1] // 3
+    )
+
+
+def _sum_over_chunks(f: _Binary, x: jax.Array, g: jax.Array, pixels: int) -> jax.Array:
+    """`f(x, g)`, which sums over images, as a sum of `f` over chunks of so many pixels."""
+    images = largest_divisor(len(x), pixels // (x.shape[1] * x.shape[2]))
+    if images == len(x):
         return f(x, g)
-    chunks = [array.reshape(-1, images, *array.shape[1:]) for array in (x, g)]
-    return lax.map(lambda chunk: f(*chunk), tuple(chunks)).sum(axis=0)
+    chunks = tuple(array.reshape(-1, images, *array.shape[1:]) for array in (x, g))
+    shape = jax.eval_shape(f, *(array[0] for array in chunks))
+    zeros, _ = same_manual_axes(jnp.zeros(shape.shape, shape.dtype), x)
+    total, _ = lax.scan(lambda total, chunk: (total + f(*chunk), None), zeros, chunks)
+    return total
 
 
 def _batchable(one: _Binary, clients: _Binary, folds: bool) -> _Binary:
