@@ -30,7 +30,7 @@ from mocosfl_jax.config.resolve import resolve
 from mocosfl_jax.data.cohort import CohortSampler
 from mocosfl_jax.data.dataset import Dataset, Split
 from mocosfl_jax.federated.placement import make_placement
-from mocosfl_jax.main import define_flags
+from mocosfl_jax.run.commandline import define_flags
 from mocosfl_jax.run.feed import dispatches
 from mocosfl_jax.run.plan import plan
 from mocosfl_jax.run.program import program_of

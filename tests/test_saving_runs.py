@@ -56,12 +56,17 @@ def whole(npz, tmp_path_factory) -> Path:
     return folder
 
 
+def steps(folder: Path) -> list[dict]:
+    """Lines of the log, without the evaluation before the first step."""
+    return lines(folder)[1:]
+
+
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
 def test_a_run_goes_through_all_statuses_and_says_what_it_sent(whole):
-    found = lines(whole)
+    found = steps(whole)
     assert "".join("ABC"[line["status"]] for line in found) == "".join(3 * s for s in STATUSES)
     image, model = 8 * 8 * 4 * 4, 4 * (3 * 3 * 3 * 4 + 2 * 4)  # bytes
     sync = 2 * 3 * model  # of 3 clients, twice a round
@@ -83,7 +88,7 @@ def test_devices_and_chunks_change_nothing(whole, npz, tmp_path):
     for name in ("server", "population"):
         assert_close(getattr(got, name), getattr(want, name), name, 1e-3)
     assert_close(got.cohort.stored_latents, want.cohort.stored_latents, "stored latents", 1e-3)
-    for now, before in zip(lines(tmp_path), lines(whole), strict=True):
+    for now, before in zip(steps(tmp_path), steps(whole), strict=True):
         exact = ("status", "bytes_up", "bytes_down")
         assert [now[name] for name in exact] == [before[name] for name in exact]
         np.testing.assert_allclose(now["loss"], before["loss"], rtol=1e-3)
@@ -115,14 +120,14 @@ def test_a_run_that_is_stopped_and_killed_in_each_status_ends_as_if_it_had_not_b
         stop_at(middle)
         with pytest.raises(Interrupted):
             run(tmp_path, npz, **FIELDS, **SAVING)
-        done = lines(tmp_path)
+        done = steps(tmp_path)
         assert len(done) % 3 and STATUSES[len(done) // 3] == status
         kill_at(middle + 1)
         with pytest.raises(Killed):
             run(tmp_path, npz, **FIELDS, **SAVING)
     run(tmp_path, npz, **FIELDS, **SAVING)
     assert reached == [5, 8, 11]
-    assert without_speed(lines(tmp_path)) == without_speed(lines(whole))
+    assert without_speed(steps(tmp_path)) == without_speed(steps(whole))
     states = (tiny.saved_state(f, npz, **FIELDS, **SAVING) for f in (tmp_path, whole))
     jax.tree.map(np.testing.assert_array_equal, *states)
     same = ("bytes_up", "bytes_down", "bytes_up_unsaved", "rounds_by_status", "notes")
@@ -220,7 +225,7 @@ def test_b_and_c_can_be_traced_with_all_else(npz, fields):
     state = jax.eval_shape(rounds.initial_state)
     images = jax.ShapeDtypeStruct(program.method.saving.images, np.float32)
     for status in (LATENTS_ONLY, SILENT):
-        inputs, constants = traced_inputs(config, rounds.slots)
+        inputs, constants = traced_inputs(config, rounds.slots.number)
         dispatch = single_device().dispatch(program.in_status(status), state)
         after, _ = jax.eval_shape(dispatch, state, inputs, constants)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

@@ -37,7 +37,7 @@ SPLIT, REPLICATED = P(AXIS), P()
 STATE = TrainState(
     step=REPLICATED, server=REPLICATED, population=REPLICATED, cohort_ids=SPLIT, cohort=SPLIT
 )
-TOLERANCE = 3e-5  # of the largest value: sums over rows are added in another order
+TOLERANCE = 1e-4  # of the largest value: sums over rows are added in another order
 
 CLIENTS = 9
 IDS = [7, 2, 0, 8, 5, PADDING, 1, 3]  # clients 4 and 6 are absent, and a slot has no client

@@ -340,8 +340,8 @@ def test_the_section_is_set_on_the_command_line(data, tmp_path):
         ("method", "tests.tiny:TOY", "config.method = 'tests.tiny:TOY': tests.tiny has no Recipe"),
         ("method", "mocosfl", "config.toy = {'rate': 0.75}: method 'mocosfl' has no such section"),
         ("toy.rate", 0, "config.toy.rate = 0.0: a number in (0, 1] is needed"),
-        ("toy.rate", "fast", "toy.rate=fast"),
-        ("toy.speed", 1, "toy.speed=1"),
+        ("toy.rate", "fast", "config.toy.rate = 'fast': a number is needed"),
+        ("toy.speed", 1, "config.toy.speed = '1': there is no such field"),
     ],
 )
 @pytest.mark.parametrize("options", [(), ("--dry_run",)])

@@ -21,6 +21,10 @@ ELEMENTWISE = frozenset(
 REDUCTIONS = frozenset({"argmax", "argmin", "cumsum", "reduce_max", "reduce_min", "reduce_sum"})
 """Primitives that count one operation for each element that they take."""
 
+WINOGRAD = frozenset({"convolve_group", "kernel_gradient"})
+"""Programs of `models.winograd`, that make a convolution of fewer products than its definition has.
+Counted is the definition, as on any machine."""
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -63,6 +67,8 @@ def _of_equation(equation: Any) -> Flops:
         return Flops(products=_products_of_convolution(equation))
     if name == "dot_general":
         return Flops(products=_products_of_dot(equation))
+    if equation.params.get("name") in WINOGRAD:
+        return Flops(products=_products_of_winograd(equation))
     if name == "cond":  # what is not known is taken to be the worst
         return max((_of_jaxpr(branch) for branch in inner), key=lambda flops: flops.total)
     if inner:
@@ -93,6 +99,12 @@ def _products_of_convolution(equation: Any) -> int:
         return math.prod(output) * weights
     pixels = math.prod(image[axis] for axis in image_spec[2:])
     return output[output_spec[0]] * output[output_spec[1]] * pixels * weights
+
+
+def _products_of_winograd(equation: Any) -> int:
+    """Of a 3x3 convolution with stride 1: each pixel, with each input, weight and output."""
+    images, other = (x.aval.shape for x in equation.invars)  # other: the kernel, or a gradient
+    return math.prod(images) * 9 * other[-1]
 
 
 def _products_of_dot(equation: Any) -> int:

@@ -83,9 +83,9 @@ def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     images = largest_divisor(len(x), _GROUP_VALUES // math.prod(x.shape[1:]))
     if images == len(x):
-        return _convolve_group(x, kernel)
+        return convolve_group(x, kernel)
     groups = x.reshape(-1, images, *x.shape[1:])
-    y = lax.map(lambda x: _convolve_group(x, kernel), groups)
+    y = lax.map(lambda x: convolve_group(x, kernel), groups)
     return y.reshape(-1, *y.shape[2:])
 
 
@@ -114,7 +114,8 @@ def largest_divisor(number: int, most: int) -> int:
 
 
 @jax.jit
-def _convolve_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def convolve_group(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolution` of all images at once."""
     batch, height, width, _ = x.shape
     images_P = _combine(IMAGE, _image_rows(x))
     if kernel.shape[3] < _LOOP_CHANNELS:
