@@ -20,7 +20,7 @@ def any_shape(monkeypatch):
     monkeypatch.setattr(conv_module, "on_cpu", lambda: True)
     monkeypatch.setattr(conv_module, "_WINOGRAD_CHANNELS", 1)
     monkeypatch.setattr(conv_module, "_WINOGRAD_GRADIENT_CHANNELS", 1)
-    monkeypatch.setattr(conv_module, "_WINOGRAD_PIXELS", 1)
+    monkeypatch.setattr(conv_module, "_WINOGRAD_VALUES", 1)
     jax.clear_caches()  # of programs that other tests traced
 
 
@@ -96,7 +96,7 @@ def lowered(x, kernel) -> str:
 )
 def test_accelerators_and_bfloat16_keep_their_program(on_cpu, dtype, monkeypatch):
     monkeypatch.setattr(conv_module, "on_cpu", lambda: on_cpu)
-    x, kernel = jnp.ones((2, 8, 8, 64), dtype), jnp.ones((3, 3, 64, 64), dtype)
+    x, kernel = jnp.ones((2, 16, 16, 64), dtype), jnp.ones((3, 3, 64, 64), dtype)
     text = lowered(x, kernel)
     monkeypatch.setattr(conv_module, "_suits_winograd", lambda *args: False)
     assert lowered(x, kernel) == text
@@ -105,12 +105,13 @@ def test_accelerators_and_bfloat16_keep_their_program(on_cpu, dtype, monkeypatch
 @pytest.mark.parametrize(
     ("size", "channels", "kernel", "used"),
     [
-        ((8, 8), (64, 64), 3, True),
-        ((7, 7), (64, 128), 3, True),
-        ((4, 4), (64, 64), 3, False),  # too few pixels
-        ((5, 16), (64, 64), 3, False),  # eight rows would be computed
-        ((8, 8), (64, 32), 3, False),
-        ((8, 8), (64, 64), 1, False),
+        ((16, 16), (64, 64), 3, True),
+        ((7, 7), (256, 256), 3, True),
+        ((8, 8), (64, 64), 3, False),  # too few values
+        ((4, 4), (512, 512), 3, False),
+        ((5, 64), (64, 64), 3, False),  # eight rows would be computed
+        ((16, 16), (64, 32), 3, False),
+        ((16, 16), (64, 64), 1, False),
     ],
 )
 def test_it_is_used_where_it_is_faster(size, channels, kernel, used, monkeypatch):

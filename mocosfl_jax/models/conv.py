@@ -9,6 +9,7 @@ product of patches on an accelerator. On a CPU, 3x3 convolutions take half of th
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -27,7 +28,7 @@ _CHUNK_PIXELS = 2048
 _WINOGRAD_CHUNK_PIXELS = 1024
 
 # Where Winograd's form is used: channels on both sides of the kernel, for the convolution (which
-# the gradient of images is too) and for the gradient of kernels, and pixels of the map. Its time
+# the gradient of images is too) and for the gradient of kernels, and values of an image. Its time
 # over that of the direct form, 20 images, two cores of an AMD EPYC, 2026-11-26
 # (docs/results/step.md, `python -m benchmarks.conv`):
 #   channels, map          32, 16x16   64, 32x32   128, 16x16   256, 8x8   512, 4x4
@@ -35,7 +36,7 @@ _WINOGRAD_CHUNK_PIXELS = 1024
 #   gradient of kernels        -          1.1         0.7         0.7         0.9
 _WINOGRAD_CHANNELS = 64
 _WINOGRAD_GRADIENT_CHANNELS = 128
-_WINOGRAD_PIXELS = 49
+_WINOGRAD_VALUES = 12_000  # 7x7 with 256 channels has 12,544
 
 _convolve = functools.partial(
     lax.conv_general_dilated,
@@ -205,7 +206,7 @@ def _suits_winograd(
         and images.dtype == jnp.float32
         and (k, stride) == (3, 1)
         and min(channels) >= least_channels
-        and images.shape[1] * images.shape[2] >= _WINOGRAD_PIXELS
+        and math.prod(images.shape[1:]) >= _WINOGRAD_VALUES
         and -images.shape[1] % winograd.TILE <= images.shape[1] // 3
     )
 
