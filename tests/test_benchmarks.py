@@ -26,6 +26,7 @@ def traced_products(jaxpr) -> int:
 
 def test_products_of_resnet18_are_those_of_the_traced_network(monkeypatch):
     monkeypatch.setattr(conv, "on_cpu", lambda: False)  # Winograd's form takes fewer
+    jax.clear_caches()  # of what other tests traced
     config = setting(num_clients=100)
     model = model_of(config)
     variables = jax.eval_shape(model.init, jax.random.key(0))
