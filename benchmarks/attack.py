@@ -15,7 +15,6 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,8 @@ def split_model(cut: int) -> SplitModel:
     return model_of(resolve(check_types(raw), CIFAR10))
 
 
-def ours(cut: int, shape: DecoderShape, images: np.ndarray, epochs: int) -> Iterator[float]:
-    """Trains the decoder; yields after each epoch."""
+def ours(cut: int, shape: DecoderShape, images: np.ndarray, epochs: int) -> list[float]:
+    """Trains the decoder; the time at the end of each epoch."""
     net = split_model(cut).client
     params = net.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     attack = Attack(
@@ -62,14 +61,14 @@ def ours(cut: int, shape: DecoderShape, images: np.ndarray, epochs: int) -> Iter
         ticks.append(time.perf_counter())
 
     train_decoder(attack, params, images[:TRAIN], images[TRAIN:], tick)
-    yield from ticks
+    return ticks
 
 
 def _send(net: Any, params: Any, images: jax.Array, key: jax.Array) -> jax.Array:
     return net.apply({"params": params}, images)
 
 
-def theirs(cut: int, shape: DecoderShape, images: np.ndarray, epochs: int) -> Iterator[float]:
+def theirs(cut: int, shape: DecoderShape, images: np.ndarray, epochs: int) -> list[float]:
     """The same in PyTorch."""
     torch = importlib.import_module("torch")
     nn, F = torch.nn, torch.nn.functional
@@ -84,6 +83,7 @@ def theirs(cut: int, shape: DecoderShape, images: np.ndarray, epochs: int) -> It
         with torch.no_grad():
             return client((batch - 0.5) / 0.25)
 
+    ticks = []
     for _ in range(epochs):
         decoder.train()
         for batch in train[torch.randperm(TRAIN)].split(BATCH):
@@ -94,7 +94,8 @@ def theirs(cut: int, shape: DecoderShape, images: np.ndarray, epochs: int) -> It
         with torch.no_grad():
             for batch in validate.split(BATCH):
                 F.mse_loss(decoder(latents(batch)), batch).item()
-        yield time.perf_counter()
+        ticks.append(time.perf_counter())
+    return ticks
 
 
 def _torch_client(nn: Any, cut: int) -> Any:
@@ -155,7 +156,7 @@ def measure(cut: int, decoder: str, epochs: int, repeats: int) -> dict[str, Any]
         for name, side in (("ours", ours), ("PyTorch", theirs)):
             jax.clear_caches()
             started = time.perf_counter()
-            ticks = list(side(cut, shape, images, epochs))
+            ticks = side(cut, shape, images, epochs)
             whole[name].append(time.perf_counter() - started)
             epoch[name].append(statistics.median(np.diff(ticks)))
     seconds = {name: statistics.median(values) for name, values in whole.items()}

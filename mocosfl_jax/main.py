@@ -5,8 +5,8 @@ Options: --config.FIELD=VALUE overrides a field of the config file, --config.FIE
 On several hosts, one such command on each: --multihost takes their addresses from the environment
 (Slurm, Kubernetes, TPU, Open MPI); else --coordinator=HOST:PORT --num_processes=N --process_id=I.
 Exit status: 0 done; 1 the run failed, or a file could not be written; 2 bad input, one line on
-stderr; 143 stopped by a signal, the state saved; 130 interrupted
-outside training. Run the same command to continue either.
+stderr; 143 stopped by a signal, the state saved; 130 interrupted outside training. Run the same
+command to continue either.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ from mocosfl_jax.config import Resolved
 from mocosfl_jax.config.rich import draw_of
 from mocosfl_jax.data.partition import ClientImages
 from mocosfl_jax.federated.contract import Method
-from mocosfl_jax.run.plan import bytes_of
+from mocosfl_jax.models.split import bytes_of
 
 KINDS = ("latents", "gradients", "weights")
 

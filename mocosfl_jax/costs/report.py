@@ -27,8 +27,7 @@ class Costs:
     """Of one client.
 
     parameters: their number, running statistics included. images_a_step: B, of a rich client F * B.
-    often: how often it
-    takes part.
+    often: how often it takes part.
     step, image: operations of a step of training, and of one image in evaluation.
     training, inference: memory of the same; None where it was not compiled.
     messages: what travels. paper: the paper's way of counting.

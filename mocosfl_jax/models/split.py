@@ -1,5 +1,6 @@
 """A network cut in two: what a client runs, and what the server runs."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -16,6 +17,11 @@ from mocosfl_jax.models.server_net import ServerNet
 
 Params = Any
 """Pytree of float32 arrays."""
+
+
+def bytes_of(tree: Any) -> int:
+    """Args: tree: of arrays or their shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 class Variables(NamedTuple):

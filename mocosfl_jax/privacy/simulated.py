@@ -4,7 +4,6 @@ The client trains a decoder against its own latents, as a server that inverts th
 its model away from what that decoder sees.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,6 +16,7 @@ import optax
 from mocosfl_jax.learning.sgd import sgd_update
 from mocosfl_jax.learning.ssim import ssim
 from mocosfl_jax.models.decoder import Decoder, DecoderShape, zero_bias
+from mocosfl_jax.models.split import bytes_of
 
 LEAST_ROWS = 20
 """Rows of a client from which batch statistics make sense; below, a decoder has GroupNorm."""
@@ -115,7 +115,7 @@ class SimulatedAttacker:
 
         state = jax.eval_shape(self.init, jax.random.key(0))
         kept = (jax.eval_shape(part, state, pixels, latents) for part in (learning, shown))
-        return max(kept, key=_bytes), state.params, state
+        return max(kept, key=bytes_of), state.params, state
 
     def _loss(
         self,
@@ -166,10 +166,6 @@ def _rate_factor(progress: jax.Array) -> jax.Array:
 
 def _variables(params: Params, stats: Params) -> dict[str, Params]:
     return {"params": params, "batch_stats": stats}
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _mean(x_B: jax.Array, mask_B: jax.Array) -> jax.Array:

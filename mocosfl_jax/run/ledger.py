@@ -10,9 +10,9 @@ import numpy as np
 from mocosfl_jax.config.recipe import Facts
 from mocosfl_jax.federated.contract import Message, Method
 from mocosfl_jax.federated.state import PADDING
+from mocosfl_jax.models.split import bytes_of
 from mocosfl_jax.run.clock import Clock
 from mocosfl_jax.run.feed import Dispatch
-from mocosfl_jax.run.plan import bytes_of
 
 
 class _Way(NamedTuple):

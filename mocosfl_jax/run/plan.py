@@ -20,7 +20,7 @@ from mocosfl_jax.evaluation.knn import CHUNK
 from mocosfl_jax.evaluation.raw_pixels import BLOCK, SIDE
 from mocosfl_jax.federated.contract import Method
 from mocosfl_jax.federated.state import TrainState, create_state
-from mocosfl_jax.models.split import Params, SplitModel, Variables
+from mocosfl_jax.models.split import Params, SplitModel, Variables, bytes_of
 from mocosfl_jax.run.program import program_of
 
 PROCESS = 270_000_000
@@ -266,11 +266,6 @@ def _largest_map(model: SplitModel, variables: Variables, config: Resolved) -> i
 def _convolutions(variables: Variables) -> int:
     """Layers with a kernel (height, width, in, out)."""
     return sum(x.ndim == 4 for x in jax.tree.leaves((variables.client, variables.server)))
-
-
-def bytes_of(tree: Any) -> int:
-    """Args: tree: of arrays or their shapes."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _count(tree: Any) -> int:

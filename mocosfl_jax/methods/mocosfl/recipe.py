@@ -1,6 +1,5 @@
 """What MocoSFL tells the config: the fields that it reads, their rules and checks."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from mocosfl_jax.methods.mocosfl.former import from_former, to_former
 from mocosfl_jax.methods.mocosfl.saving import LATENTS_ONLY
 from mocosfl_jax.methods.mocosfl.sizes import stored_latents
 from mocosfl_jax.models.heads import HEADS
+from mocosfl_jax.models.split import bytes_of
 
 
 def _rules(config: Config) -> dict[str, Any]:
@@ -139,18 +139,14 @@ def _facts_of_saving(config: Resolved) -> Facts:
     images = jax.ShapeDtypeStruct(method.saving.images, jnp.float32)
     sent, times = {True: 0, False: 0}, {"step": config.steps_per_round, "round": 1}
     for message in method.in_status(LATENTS_ONLY).traffic(images):
-        sent[message.up] += times[message.when] * _bytes(message.content)
-    stored = _bytes(stored_latents(method, config.cohort_size))
+        sent[message.up] += times[message.when] * bytes_of(message.content)
+    stored = bytes_of(stored_latents(method, config.cohort_size))
     notes = (
         f"latents of a round, stored for rounds in C: {stored / 1e6:,.2f} MB",
         f"in a round in B a client sends {sent[True] / 1e6:.2f} MB and receives"
         f" {sent[False] / 1e6:.2f} MB, in C nothing",
     )
     return Facts({"stored_latents_bytes": stored}, notes)
-
-
-def _bytes(shapes: Any) -> int:
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def _check_rich(config: Resolved) -> None:
