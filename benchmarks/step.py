@@ -1,15 +1,16 @@
 """Seconds a step of ResNet-18 in the paper's setting, and what they are made of.
 
-    python -m benchmarks.step [--repeats 3] [--cuts 1,2] [--peak GFLOPS] [--json FILE]
+    python -m benchmarks.step [--repeats 3] [--cuts 1,2] [--devices 2] [--peak GFLOPS] [--json FILE]
 
 Paper's queue, head and loss; total batch 100. Every variant is compiled first; then the variants
 take turns, `repeats` times, and medians are reported, so that a change of the machine's pace meets
 all of them. Printed for each cut: seconds a step, inside a dispatch of four steps with their
-augmentation, with 100 clients of one image (in the parts that suit the device, and all at once) and
-with one client of 100 images, and the ratios to the latter, the overhead of the federation; the
-share of augmentation; a step inside the dispatch over a step alone; FLOP/s by formula over those
-of a large matrix product and of the network's fastest convolution, measured in the same turns, and
-over `--peak`, if another library's is known; compile seconds; bytes of the dispatch's temporaries.
+augmentation, with 100 clients of one image (in the parts that suit the device, all at once, and on
+`--devices`) and with one client of 100 images; the ratios to the latter, the overhead of the
+federation; the share of augmentation; a step inside the dispatch over a step alone; FLOP/s by
+formula, with `--devices`, over those of a large matrix product and of the network's fastest
+convolution, measured in the same turns, and over `--peak`, if another library's is known; compile
+seconds; bytes of the programs' temporaries, on one device.
 As in training, the state of a dispatch is donated to it.
 """
 
@@ -32,7 +33,8 @@ from mocosfl_jax.config.rich import blocks_of
 from mocosfl_jax.data.augment import two_views
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.federated.contract import Batch, Normalisation
-from mocosfl_jax.federated.dispatch import Constants, Images, Program, run_dispatch
+from mocosfl_jax.federated.dispatch import Constants, Images, Program
+from mocosfl_jax.federated.placement import make_placement
 from mocosfl_jax.federated.state import TrainState, create_state
 from mocosfl_jax.models.conv import conv
 from mocosfl_jax.models.resnet import STEMS
@@ -142,10 +144,9 @@ class Bench:
         clients, slots = self.config.num_clients, self.config.cohort_size
         return create_state(self.program.method, init, state, clients, slots)
 
-    def _compile(self, name: str, function: Callable, *args: Any, donate: bool = False) -> Callable:
-        """donate: the first argument to the program."""
+    def _compile(self, name: str, function: Callable, *args: Any) -> Callable:
         started = time.perf_counter()
-        compiled = jax.jit(function, donate_argnums=(0,) * donate).lower(*args).compile()
+        compiled = jax.jit(function).lower(*args).compile()
         self.compile_seconds[name] = time.perf_counter() - started
         self.temporary_bytes[name] = compiled.memory_analysis().temp_size_in_bytes
         return compiled
@@ -167,22 +168,29 @@ class Bench:
         compiled = self._compile("step", self.program.method.step, *args)
         return lambda: compiled(*args)
 
-    def dispatch(self) -> Variant:
-        """A scanned period: augmentation and SCAN_STEPS steps, the last with a sync."""
-        sync = jnp.arange(SCAN_STEPS) == SCAN_STEPS - 1
-        mask = jnp.broadcast_to(self.mask, (SCAN_STEPS, *self.mask.shape))
-        inputs = Images(self.images, mask, sync, self.weight)
-        state, program = jax.tree.map(jnp.copy, self.state), self.program
-        compiled = self._compile(
-            "dispatch",
-            lambda *args: run_dispatch(program, *args),
-            *(state, inputs, self.constants),
-            donate=True,
+    def dispatch(self, devices: int = 1) -> Variant:
+        """A scanned period: augmentation and SCAN_STEPS steps, the last with a sync.
+
+        Args: devices: over which the clients are spread, a divisor of their number.
+        """
+        placement = make_placement(devices, server_shards=1)
+        program = program_of(self.config, placement)
+        rows = placement.rows(1)
+        inputs = Images(
+            images=jax.device_put(self.images, rows),
+            mask=jax.device_put(jnp.broadcast_to(self.mask, self.images.shape[:3]), rows),
+            sync=jax.device_put(jnp.arange(SCAN_STEPS) == SCAN_STEPS - 1, placement.replicated),
+            weight=jax.device_put(self.weight, placement.rows()),
         )
+        constants = jax.device_put(self.constants, placement.replicated)
+        shardings = placement.state_shardings(program.method, self.state)
+        state = jax.device_put(jax.tree.map(jnp.copy, self.state), shardings)
+        name = "dispatch" if devices == 1 else f"dispatch_on_{devices}_devices"
+        compiled = self._compile(name, placement.dispatch(program, state), state, inputs, constants)
 
         def run() -> Any:
             nonlocal state
-            state, output = compiled(state, inputs, self.constants)
+            state, output = compiled(state, inputs, constants)
             return state, output
 
         return run
@@ -232,20 +240,24 @@ def medians(variants: dict[Any, Variant], repeats: int) -> dict[Any, float]:
 # ---------------------------------------------------------------------------------------- report
 
 
-def measure(cut: int, repeats: int, peak: float | None = None, **fields: Any) -> dict[str, Any]:
+def measure(
+    cut: int, repeats: int, peak: float | None = None, devices: int = 1, **fields: Any
+) -> dict[str, Any]:
     """All figures of one cut; `fields` override the paper's setting.
 
-    Args: peak: of another library, in GFLOP/s.
+    Args: peak: of another library, in GFLOP/s. devices: also to be measured, if more than one.
     """
     many = Bench(setting(num_clients=100, cut=cut, **fields))
     at_once = Bench(setting(num_clients=100, cut=cut, cohort_chunks=1, **fields))
     one = Bench(setting(num_clients=1, batch_size=100, cut=cut, **fields))
+    on_devices = {"100_clients_on_devices": many.dispatch(devices)} if devices > 1 else {}
     variants = {
         "peak": matrix_product(),
         "augmentation": many.augmentation(),
         "alone": many.step(),
         "100_clients": many.dispatch(),
         "100_clients_at_once": at_once.dispatch(),
+        **on_devices,
         "1_client": one.dispatch(),
     }
     rows = many.config.total_batch
@@ -253,15 +265,14 @@ def measure(cut: int, repeats: int, peak: float | None = None, **fields: Any) ->
     seconds = medians({**variants, **{s: convolution(s, rows) for s in shapes}}, repeats)
     product, flops = 2 * PEAK_SIZE**3 / seconds["peak"], step_flops(many.config)
     best = max(2 * rows * shape.products / seconds[shape] for shape in shapes)
-    pace = flops / (seconds["100_clients"] / SCAN_STEPS)
-    a_step = {
-        name: seconds[name] / SCAN_STEPS
-        for name in ("100_clients", "100_clients_at_once", "1_client")
-    }
+    a_step = {name: seconds[name] / SCAN_STEPS for name in variants if "client" in name}
+    fastest = a_step.get("100_clients_on_devices", a_step["100_clients"])
+    pace = flops / fastest
     return {
         "cut": cut,
         **{f"seconds_a_step_{name}": value for name, value in a_step.items()},
         "seconds_of_a_step_alone": seconds["alone"],
+        "speedup_by_devices": a_step["100_clients"] / fastest,
         "federation_overhead": a_step["100_clients"] / a_step["1_client"],
         "federation_overhead_at_once": a_step["100_clients_at_once"] / a_step["1_client"],
         "augmentation_share": seconds["augmentation"] / a_step["100_clients"],
@@ -272,7 +283,7 @@ def measure(cut: int, repeats: int, peak: float | None = None, **fields: Any) ->
         "fraction_of_matrix_product": pace / product,
         "fraction_of_best_convolution": pace / best,
         **({} if peak is None else {"fraction_of_given_peak": pace / (1e9 * peak)}),
-        "temporary_mb_of_dispatch": many.temporary_bytes["dispatch"] / 1e6,
+        **{f"temporary_mb_of_{n}": size / 1e6 for n, size in many.temporary_bytes.items()},
         "compile_seconds": many.compile_seconds,
     }
 
@@ -281,14 +292,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cuts", default="1,2", help="units on the client, comma-separated")
+    parser.add_argument("--devices", type=int, default=2, help="on a CPU, virtual ones")
     parser.add_argument("--peak", type=float, help="GFLOP/s of another library, to compare with")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
-    device = jax.devices()[0]
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    device, devices = jax.devices()[0], min(args.devices, jax.device_count())
     print(f"jax {jax.__version__}, {device.device_kind}, {platform.machine()}")
     results = []
     for cut in args.cuts.split(","):
-        results.append(measure(int(cut), args.repeats, args.peak))
+        results.append(measure(int(cut), args.repeats, args.peak, devices))
         for name, value in results[-1].items():
             print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
         print(flush=True)

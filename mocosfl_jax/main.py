@@ -112,6 +112,7 @@ def _settle(
     from mocosfl_jax.config.data import check_apart, deal, prepare
     from mocosfl_jax.run.program import check_labels, program_of
     from mocosfl_jax.run.source import with_init_digest
+    from mocosfl_jax.run.virtual import with_devices
 
     config = check_types(raw)
     check_fields(config)
@@ -122,6 +123,7 @@ def _settle(
         config = dataclasses.replace(config, holdout_fraction=stored.config.holdout_fraction)
     prepared = prepare(config)
     config, _ = deal(config, prepared)
+    config = with_devices(config, stored)  # JAX starts here
     check_labels(config, program_of(config), prepared.info)
     return with_init_digest(config, stored and stored.config), prepared
 

@@ -48,7 +48,8 @@ def test_flops_of_a_step_by_hand():
 
 def test_a_short_run_gives_every_figure():
     small = {"width": 4, "blocks_per_stage": (1,), "head_width": 8, "queue_length": 400}
-    figures = measure(cut=1, repeats=1, peak=1000.0, **small)
+    figures = measure(cut=1, repeats=1, peak=1000.0, devices=2, **small)
+    assert figures["speedup_by_devices"] > 0
     assert figures["federation_overhead"] > 0
     assert 0 < figures["fraction_of_matrix_product"] < 1
     paces = [
@@ -57,9 +58,10 @@ def test_a_short_run_gives_every_figure():
         figures["fraction_of_given_peak"] * 1000.0,
     ]
     assert paces == pytest.approx([paces[0]] * 3)
-    assert figures["temporary_mb_of_dispatch"] > 0
+    assert figures["temporary_mb_of_dispatch_on_2_devices"] > 0
     assert "fraction_of_given_peak" not in measure(cut=1, repeats=1, **small)
-    assert set(figures["compile_seconds"]) == {"step", "augmentation", "dispatch"}
+    programs = {"step", "augmentation", "dispatch", "dispatch_on_2_devices"}
+    assert set(figures["compile_seconds"]) == programs
 
 
 def test_the_accelerator_benchmark_runs_in_short():

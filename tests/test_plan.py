@@ -109,6 +109,18 @@ def test_the_largest_piece_of_an_evaluation_counts():
     assert memory(big, eval_batch_size=1).evaluation == 4 * BLOCK * 3072 * 4 + BLOCK**2 * 4
 
 
+def test_each_virtual_device_holds_the_server_and_its_new_models():
+    """And the copy at a save. Rows are spread, so only what does not depend on them is more."""
+    one, two = memory(devices=1), memory(devices=2)
+    network = 4 * plan(resolved()).server_params
+    state = 3 * network + 4 * (CLIENT + 60 * EMBEDDING + 1)
+    gradient_and_new_models = 3 * network
+    of_backward = two.others - 2 * state - gradient_and_new_models
+    assert one.others == 0
+    assert 0 <= of_backward < 4 * network
+    assert two.device == one.device
+
+
 @pytest.mark.parametrize("info", [with_images(700, 0), with_images(700, 90, num_classes=None)])
 def test_no_evaluation_takes_no_memory(info):
     found = memory(info)
@@ -129,6 +141,7 @@ def test_training_and_evaluation_take_turns():
         evaluation=0,
     )
     assert parts.total == 7_654_321
+    assert dataclasses.replace(parts, others=80_000_000).total == 87_654_321
     assert parts.device == 7_654_000
     assert parts.host == 650_321
 

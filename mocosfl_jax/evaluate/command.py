@@ -39,6 +39,7 @@ from mocosfl_jax.run.processes import use_compilation_cache
 from mocosfl_jax.run.stopping import StopRequest, StopRequested, stop_requests
 from mocosfl_jax.run.storage import StorageError
 from mocosfl_jax.run.summary import numbers_table
+from mocosfl_jax.run.virtual import use_virtual_devices
 from mocosfl_jax.run.workdir import Stored, read_run
 
 FAILED, BAD_INPUT = 1, 2
@@ -70,6 +71,7 @@ def _command(workdir: Path, options: Options, stop: StopRequest) -> int:
     stored = read_run(workdir)
     config = stored.config
     assert isinstance(config, Resolved), "of read_run"
+    use_virtual_devices(config.devices or 1)
     use_compilation_cache(config.compilation_cache)
     encoder = read_encoder(workdir)
     with contextlib.closing(ResultsFile(workdir, _network(workdir, stored, encoder))) as results:

@@ -18,6 +18,7 @@ from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.knn import CHUNK
 from mocosfl_jax.evaluation.raw_pixels import BLOCK, SIDE
+from mocosfl_jax.federated.axes import NO_MESH
 from mocosfl_jax.federated.contract import Method
 from mocosfl_jax.federated.state import TrainState, create_state
 from mocosfl_jax.models.split import Params, SplitModel, Variables, bytes_of
@@ -48,7 +49,8 @@ class Memory:
     dispatches, one running and one ahead. step: views, activations, gradients and new server models
     of a step. encoded: features and embeddings of both splits, and those of the train split once
     more while they are joined. evaluation: the largest that a piece of an evaluation has on the
-    device.
+    device. others: of training, what further virtual devices of a CPU hold, among it copies of the
+    server.
 
     On a CPU `total` is the peak resident size of the process. Other devices hold `device`, and the
     process `host`.
@@ -63,6 +65,7 @@ class Memory:
     step: int
     encoded: int
     evaluation: int
+    others: int = 0
 
     @property
     def device(self) -> int:
@@ -77,7 +80,8 @@ class Memory:
     @property
     def total(self) -> int:
         """Peak where the device is the CPU."""
-        return self._constant + self.state + max(self._training, self.encoded + self.evaluation)
+        training = self._training + self.others
+        return self._constant + self.state + max(training, self.encoded + self.evaluation)
 
     @property
     def _constant(self) -> int:
@@ -164,7 +168,18 @@ def estimate_memory(config: Resolved, info: DatasetInfo, sizes: Plan) -> Memory:
         step=sizes.step_bytes + 2 * blocks_of(config) * bytes_of(_images(config)),
         encoded=encoded,
         evaluation=evaluation,
+        others=_bytes_of_others(config, sizes),
     )
+
+
+def _bytes_of_others(config: Resolved, sizes: Plan) -> int:
+    """Beyond what one device would hold: the server and its copy at a save, and their steps."""
+    devices = config.devices or 1
+    method = find_recipe(config.method).build(config, NO_MESH, devices)
+    slots = -(-blocks_of(config) // (devices * method.chunks))
+    server = bytes_of(_state_shapes(config, method).server)
+    steps = devices * bytes_of(method.working_set(_images(config), slots))
+    return 2 * (devices - 1) * server + max(0, steps - sizes.step_bytes)
 
 
 def check_fits(config: Resolved, state_bytes: dict[str, int], memory_bytes: int) -> None:
