@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.run.console import run_command
+from mocosfl_jax.run.console import FAILED, answered, end, run_command
 
 if TYPE_CHECKING:  # what takes time is imported where it is used, after `run_command` has begun
     from ml_collections import ConfigDict
@@ -27,21 +27,21 @@ if TYPE_CHECKING:  # what takes time is imported where it is used, after `run_co
     from mocosfl_jax.run.processes import Startup
     from mocosfl_jax.run.workdir import Stored
 
-FAILED, BAD_INPUT, STOPPED = 1, 2, 143
+COMMAND, STOPPED = "mocosfl_jax", 143
 
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
-    try:
-        if not _join_processes(argv):
-            return _command(argv)
-        from mocosfl_jax.run.processes import shared_refusals
+    return answered(COMMAND, lambda: _alone_or_joined(argv))
 
-        with shared_refusals() as startup:
-            return _command(argv, startup)
-    except InputError as error:
-        print(f"mocosfl_jax: {error}", file=sys.stderr)
-        return BAD_INPUT
+
+def _alone_or_joined(argv: list[str]) -> int:
+    if not _join_processes(argv):
+        return _command(argv)
+    from mocosfl_jax.run.processes import shared_refusals
+
+    with shared_refusals() as startup:
+        return _command(argv, startup)
 
 
 def _join_processes(argv: list[str]) -> bool:
@@ -145,17 +145,13 @@ def _run(raw: "ConfigDict", path: Path, startup: "Startup | None") -> int:
         elif is_primary():
             print("this run is complete")
     except Interrupted as stop:
-        print(f"mocosfl_jax: {stop}; run the same command to continue", file=sys.stderr)
-        return STOPPED
+        return end(COMMAND, f"{stop}; run the same command to continue", STOPPED)
     except NonFiniteError as error:
-        print(f"mocosfl_jax: {error}; earlier checkpoints are kept", file=sys.stderr)
-        return FAILED
+        return end(COMMAND, f"{error}; earlier checkpoints are kept", FAILED)
     except CollapseError as error:
-        print(f"mocosfl_jax: {error}", file=sys.stderr)
-        return FAILED
+        return end(COMMAND, error, FAILED)
     except StorageError as error:
-        print(f"mocosfl_jax: {workdir.explain(error)}", file=sys.stderr)
-        return FAILED
+        return end(COMMAND, workdir.explain(error), FAILED)
     finally:
         workdir.close()
     if is_primary():

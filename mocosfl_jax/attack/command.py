@@ -16,7 +16,6 @@ result; that of a finished one is shown at once.
 """
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 
@@ -47,40 +46,35 @@ from mocosfl_jax.attack.report import (
 from mocosfl_jax.attack.victim import Victim, check_saved, read_victim
 from mocosfl_jax.config.data import partition_of
 from mocosfl_jax.data.dataset import Dataset
-from mocosfl_jax.errors import InputError
 from mocosfl_jax.models.decoder import Decoder
 from mocosfl_jax.run.checkpoint import saved_steps
+from mocosfl_jax.run.console import FAILED, answered, end
 from mocosfl_jax.run.options import options_of, workdir_of
 from mocosfl_jax.run.processes import use_compilation_cache
 from mocosfl_jax.run.progress import SECONDS_BETWEEN_LINES
-from mocosfl_jax.run.storage import StorageError
 from mocosfl_jax.run.workdir import Stored, hold, prepare_again, read_run
 
-FAILED, BAD_INPUT = 1, 2
+COMMAND = "mocosfl_jax.attack"
 
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
+    return answered(COMMAND, lambda: _command(argv))
+
+
+def _command(argv: list[str]) -> int:
+    """Raises: InputError; StorageError."""
+    values = parse_command(argv)
+    if values.help:
+        print(__doc__)
+        return 0
     try:
-        values = parse_command(argv)
-        if values.help:
-            print(__doc__)
-            return 0
-        return _command(values)
-    except InputError as error:
-        return _end(error, BAD_INPUT)
+        return _carry_out(values)
     except DivergedError as error:
-        return _end(f"{error}: a smaller --learning_rate may help", FAILED)
-    except StorageError as error:
-        return _end(error, FAILED)
+        return end(COMMAND, f"{error}: a smaller --learning_rate may help", FAILED)
 
 
-def _end(reason: object, status: int) -> int:
-    print(f"mocosfl_jax.attack: {reason}", file=sys.stderr)
-    return status
-
-
-def _command(values: flags.FlagValues) -> int:
+def _carry_out(values: flags.FlagValues) -> int:
     """Raises: InputError; DivergedError; StorageError."""
     options, workdir = options_of(values, Options), workdir_of(values)
     folder = AttackFolder(workdir, values.name or options.default_name)

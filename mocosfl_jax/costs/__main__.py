@@ -9,33 +9,22 @@ Exit status: 0 done; 1 a file could not be written; 2 bad input, one line on std
 interrupted.
 """
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mocosfl_jax.errors import InputError
-from mocosfl_jax.run.console import run_command
-from mocosfl_jax.run.storage import StorageError, write_json
+from mocosfl_jax.run.console import answered, run_command
+from mocosfl_jax.run.storage import write_json
 
 if TYPE_CHECKING:  # what takes time is imported where it is used, after `run_command` has begun
     from ml_collections import ConfigDict
 
-FAILED, BAD_INPUT = 1, 2
+COMMAND = "mocosfl_jax.costs"
 
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
-    try:
-        return _command(argv)
-    except InputError as error:
-        return _end(error, BAD_INPUT)
-    except StorageError as error:
-        return _end(error, FAILED)
-
-
-def _end(reason: object, status: int) -> int:
-    print(f"mocosfl_jax.costs: {reason}", file=sys.stderr)
-    return status
+    return answered(COMMAND, lambda: _command(argv))
 
 
 def _command(argv: list[str]) -> int:

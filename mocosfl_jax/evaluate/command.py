@@ -17,7 +17,6 @@ result.
 
 import contextlib
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
@@ -33,40 +32,35 @@ from mocosfl_jax.evaluation.protocols import PROTOCOLS, Evaluation, Results, enc
 from mocosfl_jax.evaluation.semi_supervised import FRACTIONS
 from mocosfl_jax.federated.placement import make_placement
 from mocosfl_jax.run.checkpoint import Identity, data_digest
+from mocosfl_jax.run.console import answered, end
 from mocosfl_jax.run.encoder_file import EncoderFile, file_of, read_encoder, weights_digest
 from mocosfl_jax.run.options import define_options, options_of, parse_options, workdir_of
 from mocosfl_jax.run.processes import use_compilation_cache
 from mocosfl_jax.run.stopping import StopRequest, StopRequested, stop_requests
-from mocosfl_jax.run.storage import StorageError
 from mocosfl_jax.run.summary import numbers_table
 from mocosfl_jax.run.virtual import use_virtual_devices
 from mocosfl_jax.run.workdir import Stored, read_run
 
-FAILED, BAD_INPUT = 1, 2
+COMMAND = "mocosfl_jax.evaluate"
 
 
 def main(argv: list[str]) -> int:
     """Runs one command; returns the exit status."""
-    try:
-        values = define_options(Options)
-        parse_options(values, argv)
-        if values.help:
-            print(__doc__)
-            return 0
-        with stop_requests("stopping; a second signal stops at once") as stop:
-            return _command(workdir_of(values), options_of(values, Options), stop)
-    except InputError as error:
-        return _end(error, BAD_INPUT)
-    except StorageError as error:
-        return _end(error, FAILED)
+    return answered(COMMAND, lambda: _command(argv))
 
 
-def _end(reason: object, status: int) -> int:
-    print(f"mocosfl_jax.evaluate: {reason}", file=sys.stderr)
-    return status
+def _command(argv: list[str]) -> int:
+    """Raises: InputError; StorageError."""
+    values = define_options(Options)
+    parse_options(values, argv)
+    if values.help:
+        print(__doc__)
+        return 0
+    with stop_requests("stopping; a second signal stops at once") as stop:
+        return _carry_out(workdir_of(values), options_of(values, Options), stop)
 
 
-def _command(workdir: Path, options: Options, stop: StopRequest) -> int:
+def _carry_out(workdir: Path, options: Options, stop: StopRequest) -> int:
     """Raises: InputError; StorageError."""
     stored = read_run(workdir)
     config = stored.config
@@ -85,7 +79,7 @@ def _command(workdir: Path, options: Options, stop: StopRequest) -> int:
         except StopRequested:
             assert stop.came is not None, "a signal makes the request"
             words = "stopped, nothing is written; run the same command to start again"
-            return _end(words, 128 + stop.came)
+            return end(COMMAND, words, 128 + stop.came)
         numbers = source.named(found)
         results.add(numbers)
     print("\n".join(numbers_table(numbers)))

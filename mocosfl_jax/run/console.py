@@ -1,4 +1,4 @@
-"""stdout and stderr of a command: our own lines only, and a closed pipe ends nothing."""
+"""How a command speaks and ends: our own lines only, and a closed pipe ends nothing."""
 
 import logging
 import os
@@ -6,7 +6,12 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
+from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.interrupt import end_when_interrupted
+from mocosfl_jax.run.storage import StorageError
+
+FAILED, BAD_INPUT = 1, 2
+"""Exit statuses."""
 
 
 class _Unbreakable:
@@ -50,6 +55,25 @@ def run_command(main: Callable[[list[str]], int], interrupted: str) -> NoReturn:
     quiet_libraries()
     unbreakable_output()
     sys.exit(main(sys.argv))
+
+
+def answered(command: str, run: Callable[[], int]) -> int:
+    """The exit status of `run`; what it refuses or cannot write is a line on stderr.
+
+    Args: command: as its lines name it, such as `mocosfl_jax.sweep`.
+    """
+    try:
+        return run()
+    except InputError as error:
+        return end(command, error, BAD_INPUT)
+    except StorageError as error:
+        return end(command, error, FAILED)
+
+
+def end(command: str, reason: object, status: int) -> int:
+    """Says on stderr why a command ends; returns the status."""
+    print(f"{command}: {reason}", file=sys.stderr)
+    return status
 
 
 def unbreakable_output() -> None:

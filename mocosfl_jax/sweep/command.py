@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.commandline import parse
-from mocosfl_jax.run.storage import StorageError
+from mocosfl_jax.run.console import FAILED, answered, end
 from mocosfl_jax.sweep.definition import Run, columns_of, counted, expand
 from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
 from mocosfl_jax.sweep.folder import SweepFolder
@@ -30,43 +30,45 @@ from mocosfl_jax.sweep.preflight import check
 from mocosfl_jax.sweep.report import write_report
 from mocosfl_jax.sweep.runner import Board, Tally, carry_out, stop_requests
 
-FAILED, BAD_INPUT = 1, 2
+COMMAND = "mocosfl_jax.sweep"
 PROGRAM = (sys.executable, "-m", "mocosfl_jax.main")
 """Command that trains one run; its options are added."""
 
 
 def main(argv: list[str], program: Sequence[str] = PROGRAM) -> int:
     """Runs one command; returns the exit status."""
-    try:
-        values = _parse(argv)
-        if values.help:
-            print(__doc__)
-            return 0
-        if values.report:
-            return _report(SweepFolder(values.workdir), values.config)
-        runs = expand(values.config)
-        if values.workdir is not None:
-            SweepFolder(values.workdir).check_place()
-        if values.dry_run:
-            check(runs)
-            for run in runs.values():
-                print(run.name, *(f"  then {command}" for command in run.commands), sep="\n")
-            print(counted(len(runs)))
-            return 0
-        folder = SweepFolder(values.workdir)
-        finished = [name for name in runs if folder.is_finished(name)]
-        configs = check(runs, finished, folder.stored_config)
-        with folder.hold() as lock:
-            engine = _engine(values, folder, lock.fileno())
-            for name in folder.claim(values.config, runs, configs):
-                print(f"{name} is left out from now on; its files stay")
-            return _sweep(values.config, runs, folder, engine, program)
-    except InputError as error:
-        print(f"mocosfl_jax.sweep: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except StorageError as error:
-        print(f"mocosfl_jax.sweep: {error}", file=sys.stderr)
-        return FAILED
+    return answered(COMMAND, lambda: _command(argv, program))
+
+
+def _command(argv: list[str], program: Sequence[str]) -> int:
+    """Raises: InputError; StorageError."""
+    values = _parse(argv)
+    if values.help:
+        print(__doc__)
+        return 0
+    if values.report:
+        return _report(SweepFolder(values.workdir), values.config)
+    runs = expand(values.config)
+    if values.workdir is not None:
+        SweepFolder(values.workdir).check_place()
+    if values.dry_run:
+        return _list(runs)
+    folder = SweepFolder(values.workdir)
+    finished = [name for name in runs if folder.is_finished(name)]
+    configs = check(runs, finished, folder.stored_config)
+    with folder.hold() as lock:
+        engine = _engine(values, folder, lock.fileno())
+        for name in folder.claim(values.config, runs, configs):
+            print(f"{name} is left out from now on; its files stay")
+        return _sweep(values.config, runs, folder, engine, program)
+
+
+def _list(runs: dict[str, Run]) -> int:
+    check(runs)
+    for run in runs.values():
+        print(run.name, *(f"  then {command}" for command in run.commands), sep="\n")
+    print(counted(len(runs)))
+    return 0
 
 
 def _sweep(
@@ -88,12 +90,10 @@ def _sweep(
     with stop_requests() as stop:
         carry_out(tasks, engine, tally, Board(tally), stop, ended_well)
         for name, reason in tally.failed.items():
-            print(f"mocosfl_jax.sweep: {name} failed, {reason}", file=sys.stderr)
+            print(f"{COMMAND}: {name} failed, {reason}", file=sys.stderr)
         print(write_report(folder, columns_of(sweep), sweep.metrics, sweep.scatter), end="")
     if stop.number is not None:
-        words = "stopped; run the same command to continue"
-        print(f"mocosfl_jax.sweep: {words}", file=sys.stderr)
-        return 128 + stop.number
+        return end(COMMAND, "stopped; run the same command to continue", 128 + stop.number)
     return FAILED if tally.failed else 0
 
 
