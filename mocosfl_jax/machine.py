@@ -16,10 +16,13 @@ def machine_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def device_memory_bytes() -> int:
-    """Of a device where it reports it, else this device's part of the machine's."""
+def device_memory_bytes(devices: int) -> int:
+    """Of a device where it reports it, else an equal part of the machine's.
+
+    Args: devices: of this process, that are in use.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
-    return int(stats.get("bytes_limit", machine_memory_bytes() // jax.local_device_count()))
+    return int(stats.get("bytes_limit", machine_memory_bytes() // devices))
 
 
 def peak_memory_bytes() -> int:

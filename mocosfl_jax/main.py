@@ -112,10 +112,11 @@ def _settle(
     from mocosfl_jax.config.data import check_apart, deal, prepare
     from mocosfl_jax.run.program import check_labels, program_of
     from mocosfl_jax.run.source import with_init_digest
-    from mocosfl_jax.run.virtual import with_devices
+    from mocosfl_jax.run.virtual import offer_devices, with_devices
 
     config = check_types(raw)
     check_fields(config)
+    offered = offer_devices(config, stored)  # before a check of shapes starts JAX
     if folder is not None:
         check_apart(config, folder)
     if stored is not None and config.holdout_fraction is None:
@@ -123,7 +124,8 @@ def _settle(
         config = dataclasses.replace(config, holdout_fraction=stored.config.holdout_fraction)
     prepared = prepare(config)
     config, _ = deal(config, prepared)
-    config = with_devices(config, stored)  # JAX starts here
+    if offered:
+        config = with_devices(config, stored)
     check_labels(config, program_of(config), prepared.info)
     return with_init_digest(config, stored and stored.config), prepared
 
@@ -211,7 +213,7 @@ def _machine_checks(config: "Resolved", prepared: "Prepared") -> Iterator[Callab
             placement = single_device()
         program = program_of(config, placement)
         rounds = Rounds(config, placement, program)
-        check_fits(config, rounds.bytes_a_device(), device_memory_bytes())
+        check_fits(config, rounds.bytes_a_device(), device_memory_bytes(placement.local_devices))
 
     yield devices
     yield lambda: check_memory(prepared.info)

@@ -94,7 +94,7 @@ def train(
     program = program_of(config, placement)
     check_labels(config, program, dataset.info)
     rounds = Rounds(config, placement, program)
-    check_fits(config, rounds.bytes_a_device(), device_memory_bytes())
+    check_fits(config, rounds.bytes_a_device(), device_memory_bytes(placement.local_devices))
     check_clients_fit(config, machine_memory_bytes())
     partition = partition_of(config, len(dataset.train.images), dataset.train.labels)
     mixed = mixed_partition_of(config, dataset.info)

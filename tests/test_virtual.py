@@ -10,12 +10,11 @@ import jax
 import pytest
 
 from mocosfl_jax.run import virtual
-from mocosfl_jax.run.virtual import with_devices
+from mocosfl_jax.run.virtual import offer_devices, with_devices
 from mocosfl_jax.run.workdir import Stored, read_stored
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
-HARDWARE = {"of a CPU": "cpu", "of another kind": "gpu"}
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def devices_of(npz, stored=None, **fields) -> int | None:
     config, _ = tiny.load(npz, **fields)
     if stored is not None:
         stored = Stored(tiny.load(npz, devices=stored.get("devices"))[0], None)
-    return with_devices(config, stored).devices
+    return (with_devices(config, stored) if offer_devices(config, stored) else config).devices
 
 
 @pytest.mark.parametrize(
@@ -43,6 +42,9 @@ def devices_of(npz, stored=None, **fields) -> int | None:
         ({"devices": None, "num_clients": 5}, 1),  # a third of six slots would be padding
         ({"devices": None, "num_clients": 5, "cohort_size": 2}, 2),
         ({"devices": None, "num_clients": 1, "classes_per_client": None}, 1),
+        ({"devices": None, "cohort_chunks": 2}, 2),
+        ({"devices": None, "cohort_chunks": 4}, 1),  # four of eight slots would be padding
+        ({"devices": None, "num_clients": 5, "cohort_chunks": 5}, 1),
         ({"devices": 1}, 1),
         ({"devices": 3}, 3),
         ({"devices": 4}, 4),
@@ -50,7 +52,7 @@ def devices_of(npz, stored=None, **fields) -> int | None:
 )
 def test_a_run_starts_on_two_where_they_have_as_many_clients(npz, machine, fields, expected):
     assert devices_of(npz, **fields) == expected
-    assert machine == {"jax_num_cpu_devices": expected}
+    assert machine == {"jax_num_cpu_devices": fields["devices"] or 2}
 
 
 def test_rich_clients_count_apart(npz, machine):
@@ -81,6 +83,9 @@ def test_who_has_set_their_number_or_started_jax_keeps_it(npz, machine, monkeypa
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     assert devices_of(npz, devices=None) is None
     monkeypatch.setenv("XLA_FLAGS", "")
+    with monkeypatch.context() as environment:
+        environment.setenv("JAX_NUM_CPU_DEVICES", "1")
+        assert devices_of(npz, devices=None) is None
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     assert devices_of(npz, devices=None) is None
     monkeypatch.undo()  # JAX has started here
@@ -91,10 +96,12 @@ def test_who_has_set_their_number_or_started_jax_keeps_it(npz, machine, monkeypa
 
 @pytest.mark.skipif(virtual._cores() < 2, reason="needs two cores")
 def test_the_command_in_a_process_of_its_own(npz, tmp_path):
-    """And it resumes bit for bit: the state is that of a run that was not stopped."""
+    """With a bottleneck, whose shapes are checked before the run, with JAX."""
 
     def run(name: str, **fields) -> dict:
-        flags = tiny.flags(npz, **{"devices": None, "probe_epochs": 0, **fields})
+        flags = tiny.flags(
+            npz, **{"devices": None, "bottleneck": "C2S1", "probe_epochs": 0, **fields}
+        )
         argv = ["--config", "configs/cifar10_cpu.py", "--workdir", str(tmp_path / name), *flags]
         command = [sys.executable, "-m", "mocosfl_jax.main", *argv]
         kept = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]

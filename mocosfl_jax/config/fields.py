@@ -232,7 +232,8 @@ class Config:
     # Everything random derives from it; from 0 to 2**32 - 1.
     seed: Annotated[int, AT_LEAST_0, SEED] = 0
     # Devices of the run, the first so many; clients are spread over them. Those of a CPU are
-    # virtual, at most one a core. None: all; on a CPU two, if they share the cohort evenly.
+    # virtual, at most one a core. None: all; on a CPU two, if they share the cohort evenly, or as
+    # many as XLA_FLAGS or JAX_NUM_CPU_DEVICES say; a run that goes on keeps those it started with.
     devices: Annotated[int | None, FROM_1, EXECUTION] = None
     # Devices that share one copy of the server's parameters, a divisor of their number.
     server_shards: Annotated[int, FROM_1, EXECUTION] = 1

@@ -50,6 +50,11 @@ class Placement:
         return self.mesh.size
 
     @property
+    def local_devices(self) -> int:
+        """Those of this process."""
+        return len(self.mesh.local_devices)
+
+    @property
     def axes(self) -> Axes:
         """What a method needs to know of the mesh."""
         return Axes(ROWS, "server" if self.mesh.shape["server"] > 1 else None)

@@ -49,8 +49,8 @@ class Memory:
     dispatches, one running and one ahead. step: views, activations, gradients and new server models
     of a step. encoded: features and embeddings of both splits, and those of the train split once
     more while they are joined. evaluation: the largest that a piece of an evaluation has on the
-    device. others: of training, what further virtual devices of a CPU hold, among it copies of the
-    server.
+    device. others: what further virtual devices of a CPU hold in training, copies of the server
+    among it.
 
     On a CPU `total` is the peak resident size of the process. Other devices hold `device`, and the
     process `host`.
