@@ -10,8 +10,8 @@ augmentation, with 100 clients of one image (in the parts that suit the device, 
 federation; the share of augmentation; a step inside the dispatch over a step alone; FLOP/s by
 formula, with `--devices`, over those of a large matrix product and of the network's fastest
 convolution, measured in the same turns, and over `--peak`, if another library's is known; compile
-seconds; bytes of the programs' temporaries, on one device.
-As in training, the state of a dispatch is donated to it.
+seconds; bytes of the programs' temporaries, on one device. As in training, the state of a dispatch
+is donated to it.
 """
 
 import argparse
@@ -266,13 +266,13 @@ def measure(
     product, flops = 2 * PEAK_SIZE**3 / seconds["peak"], step_flops(many.config)
     best = max(2 * rows * shape.products / seconds[shape] for shape in shapes)
     a_step = {name: seconds[name] / SCAN_STEPS for name in variants if "client" in name}
-    fastest = a_step.get("100_clients_on_devices", a_step["100_clients"])
-    pace = flops / fastest
+    as_trained = a_step.get("100_clients_on_devices", a_step["100_clients"])
+    pace = flops / as_trained
     return {
         "cut": cut,
         **{f"seconds_a_step_{name}": value for name, value in a_step.items()},
         "seconds_of_a_step_alone": seconds["alone"],
-        "speedup_by_devices": a_step["100_clients"] / fastest,
+        "speedup_by_devices": a_step["100_clients"] / as_trained,
         "federation_overhead": a_step["100_clients"] / a_step["1_client"],
         "federation_overhead_at_once": a_step["100_clients_at_once"] / a_step["1_client"],
         "augmentation_share": seconds["augmentation"] / a_step["100_clients"],

@@ -12,7 +12,7 @@ than some GB, it is smaller. All of them take half an hour on two cores.
 import argparse
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +37,7 @@ BOUND = 1e-5
 CLIENTS = 2
 MOST_VALUES = 2**26  # of the images of one client, or of their outputs
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+Pair = tuple[jax.Array, jax.Array]
 ATTACKERS = ("res_normN4C64", "conv_normN4C64")
 
 
@@ -121,15 +122,8 @@ def layers_of(config: Resolved) -> set[Layer]:
     return found
 
 
-@partial(jax.jit, static_argnums=(0, 4))
-def gradients(f: Callable, x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int):
+def gradients(f: Callable, stride: int, x: jax.Array, kernel: jax.Array, g: jax.Array) -> Pair:
     return jax.vjp(lambda x, kernel: f(x, kernel, stride), x, kernel)[1](g)
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def mapped(f: Callable, x: jax.Array, kernel: jax.Array, g: jax.Array, stride: int):
-    one = partial(gradients.__wrapped__, f, stride=stride)
-    return jax.vmap(one)(x, kernel, g)
 
 
 def errors(layer: Layer, batch: int) -> tuple[float, float]:
@@ -145,13 +139,14 @@ def errors(layer: Layer, batch: int) -> tuple[float, float]:
     g = rng.normal(size=(CLIENTS, *out.shape))
     arrays = [a.astype(np.float32) for a in (x, kernel, g)]
     with jax.enable_x64(True):
+        plain_gradients = jax.jit(partial(gradients, reference, layer.stride))
         exact = [
-            gradients(reference, *(a[c].astype(np.float64) for a in arrays), layer.stride)
+            jax.device_get(plain_gradients(*(a[c].astype(np.float64) for a in arrays)))
             for c in range(CLIENTS)
         ]
-        exact = jax.tree.map(np.asarray, exact)
-    one = gradients(own, *(a[0] for a in arrays), layer.stride)
-    several = mapped(own, *arrays, layer.stride)
+    own_gradients = partial(gradients, own, layer.stride)
+    one = jax.jit(own_gradients)(*(a[0] for a in arrays))
+    several = jax.jit(jax.vmap(own_gradients))(*arrays)
     stacked = [np.stack(pair) for pair in zip(*exact, strict=True)]
     return _worst(one, exact[0]), _worst(several, stacked)
 
@@ -160,9 +155,10 @@ def _single(array: np.ndarray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, jnp.float32)
 
 
-def _worst(found: tuple[jax.Array, ...], exact: list[np.ndarray]) -> float:
+def _worst(found: Pair, exact: Sequence[np.ndarray]) -> float:
+    """Not finite if a gradient is not."""
     pairs = zip(found, exact, strict=True)
-    return max(float(np.abs(np.asarray(a) - b).max() / np.abs(b).max()) for a, b in pairs)
+    return float(np.max([np.abs(np.asarray(a) - b).max() / np.abs(b).max() for a, b in pairs]))
 
 
 def main() -> int:
@@ -184,7 +180,7 @@ def main() -> int:
     worst = 0.0
     for layer, names in sorted(chosen.items()):
         found = {batch: errors(layer, int(batch)) for batch in args.batches.split(",")}
-        worst = np.max([worst, *np.ravel(list(found.values()))])  # not finite if one of them is
+        worst = np.max([worst, *np.ravel(list(found.values()))])
         shown = "  ".join(f"{b}: {one:.1e} {several:.1e}" for b, (one, several) in found.items())
         print(
             f"{layer.kind} {layer.height}x{layer.width} {layer.kernel} stride {layer.stride}"

@@ -89,6 +89,15 @@ def test_the_numbers_of_the_end_are_found_again(run, capsys):
     assert said[-1] == f"written to {run / 'summary.json'}"
 
 
+def test_it_asks_for_the_devices_that_the_run_had(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "use_virtual_devices", asked.append)
+    stored = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(stored | {"devices": 3}))
+    assert evaluate(run, "--protocols=knn") == 0
+    assert asked == [3]
+
+
 def test_one_protocol_alone(run):
     before = summary_of(run)
     changed = {**before, "knn_top1": 1.0, "linear_top1": 2.0, "semi_1_top1": 3.0}
