@@ -9,8 +9,9 @@ clients will later. 0.5 % of the target: --config.mix_fraction=0.005; nothing of
 --config.mix_dataset=None --config.mix_fraction=1. Accuracies are those on CIFAR-100.
 configs/taressfl.py goes on from here.
 
-The public code's runs of this kind often collapse when there are target images. A run whose loss is
-at chance for a whole round is stopped.
+The public code's runs of this kind often collapse. Here the term against the attacker starts after
+30 % of the training, which prevents it in small runs (docs/results/collapse.md), and a run whose
+loss is at chance for a whole round is stopped.
 """
 
 from ml_collections import ConfigDict
@@ -33,4 +34,5 @@ def get_config() -> ConfigDict:
     config.bottleneck = "C4S2"
     config.ressfl.alpha = 2.0
     config.ressfl.threshold = 0.6
+    config.ressfl.warmup = 0.3
     return config

@@ -153,8 +153,9 @@ def test_what_a_config_says_is_what_the_client_does(npz):
     many = resolved(npz, loss="client", batch_size=10, queue_length=120, **ATTACKED)
     attacker = program_of(many).method.client.extra_gradient.parts[1]
     assert attacker.decoder.norm == "batch"  # both views: 20 rows
-    small = resolved(npz, bottleneck="C3S2", ressfl={"alpha": 1.0})
-    assert program_of(small).method.client.extra_gradient.latent_shape == (4, 4, 3)
+    small = resolved(npz, bottleneck="C3S2", ressfl={"alpha": 1.0, "warmup": 0.3})
+    alone = program_of(small).method.client.extra_gradient
+    assert (alone.latent_shape, alone.warmup, ressfl.warmup) == ((4, 4, 3), 0.3, 0.0)
 
 
 # -------------------------------------------------------------------------------------- a whole run
@@ -355,6 +356,7 @@ def test_notes_say_what_a_number_covers(npz, fields, words):
             "config.ressfl.decoder = 'res_normN4C64': maps of 5 pixels cannot be doubled",
         ),
         ({"ressfl": {"alpha": 1.0, "threshold": 2.0}}, "config.ressfl.threshold = 2.0: "),
+        ({"ressfl": {"alpha": 1.0, "warmup": 1.0}}, "config.ressfl.warmup = 1.0: "),
     ],
 )
 def test_values_that_cannot_hold_are_refused(npz, fields, words):

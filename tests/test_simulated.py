@@ -1,5 +1,6 @@
 """ResSFL's simulated attacker, against plain steps without padding."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -126,6 +127,17 @@ def test_the_attacker_learns_to_see():
         _, state, metrics = called(part, state, pixels, latents, MASK, 0.0)
         seen.append(float(metrics["attacker_ssim"][0]) / 3)
     assert seen[-1] > seen[0] + 0.1
+
+
+def test_only_the_attacker_learns_while_it_warms_up():
+    pixels, latents = batch(1)
+    part = dataclasses.replace(attacker(), warmup=0.5)
+    for progress, share in ((0.0, 0.0), (0.49, 0.0), (0.5, 1.0), (0.9, 1.0)):
+        gradient, *rest = called(part, started(), pixels, latents, MASK, progress)
+        plain, *others = called(attacker(), started(), pixels, latents, MASK, progress)
+        np.testing.assert_array_equal(gradient, share * plain)
+        jax.tree.map(np.testing.assert_array_equal, rest, others)
+        assert np.abs(plain).max() > 1e-4
 
 
 def test_a_weak_attacker_is_put_up_with():

@@ -60,10 +60,11 @@ class SimulatedAttacker:
     that raises the SSIM; then, fixed and in evaluation, it gives the gradient by the latents.
 
     Metrics: `attacker_ssim`, of the second, the mean over images; `attacker_above_threshold`, the
-    share of clients whose mean SSIM exceeds the threshold, whom the term changes.
+    share of clients whose mean SSIM exceeds the threshold, whom the term changes after the warm-up.
 
     decoder: of `simulated_decoder`. latent_shape: (h, w, c). alpha: weight of the term. threshold:
-    SSIM up to which it is 0. learning_rate: of Adam, at the start; see `MILESTONES`.
+    SSIM up to which it is 0. learning_rate: of Adam, at the start; see `MILESTONES`. warmup: share
+    of the training, at its start, in which the term is 0 for all clients.
     """
 
     decoder: Decoder
@@ -71,6 +72,7 @@ class SimulatedAttacker:
     alpha: float
     threshold: float
     learning_rate: float
+    warmup: float = 0.0
 
     def init(self, key: jax.Array) -> AttackerState:
         latents = jnp.zeros((1, *self.latent_shape))
@@ -92,6 +94,7 @@ class SimulatedAttacker:
         learned = self._learn(state, pixels, latents, mask, progress)
         state = jax.tree.map(lambda new, old: jnp.where(rows > 0, new, old), learned, state)
         gradient, mean = jax.grad(self._term, has_aux=True)(latents, state, pixels, mask)
+        gradient = jnp.where(progress < self.warmup, 0.0, gradient)
         counts = (rows > 0).astype(jnp.float32)
         above = jnp.where(mean > self.threshold, counts, 0.0)
         metrics = {

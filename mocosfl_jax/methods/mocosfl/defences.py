@@ -95,6 +95,7 @@ def extra_gradient_of(config: Resolved) -> ExtraGradient | None:
             alpha=section.alpha,
             threshold=section.threshold,
             learning_rate=section.learning_rate,
+            warmup=section.warmup,
         )
         parts.append(attacker)
     return parts[0] if len(parts) == 1 else Together(tuple(parts)) if parts else None
