@@ -20,6 +20,7 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.console import FAILED, answered, end, run_command
 
 if TYPE_CHECKING:  # what takes time is imported where it is used, after `run_command` has begun
+    from absl.flags import FlagValues
     from ml_collections import ConfigDict
 
     from mocosfl_jax.config import Resolved
@@ -60,14 +61,20 @@ def _join_processes(argv: list[str]) -> bool:
         values(argv, known_only=True)
     except (flags.Error, UnicodeDecodeError) as error:  # the latter of a --flagfile
         raise InputError("command line", " ".join(argv[1:]), str(error)) from None
-    place = (values.coordinator, values.num_processes, values.process_id)
-    alone = not values.multihost and place == (None, None, None)
-    if alone or values.dry_run or values.help:
+    if _is_alone(values) or values.dry_run or values.help:
         return False  # without JAX, whose import takes a second: a typing mistake is answered soon
     from mocosfl_jax.run.processes import initialize
 
-    initialize(values.multihost, *place)
+    initialize(values.multihost, *_place(values))
     return True
+
+
+def _is_alone(values: "FlagValues") -> bool:
+    return not values.multihost and _place(values) == (None, None, None)
+
+
+def _place(values: "FlagValues") -> tuple[str | None, int | None, int | None]:
+    return values.coordinator, values.num_processes, values.process_id
 
 
 def _command(argv: list[str], startup: "Startup | None" = None) -> int:
@@ -82,7 +89,7 @@ def _command(argv: list[str], startup: "Startup | None" = None) -> int:
     if values.config is None:
         raise InputError("--config", None, "a config file is needed, e.g. configs/quickstart.py")
     if values.dry_run:
-        return _dry_run(values.config, values.workdir)
+        return _dry_run(values.config, values.workdir, _is_alone(values))
     if not values.workdir:
         raise InputError("--workdir", values.workdir, "a folder for the run is needed")
     return _run(values.config, _folder(values.workdir), startup)
@@ -99,11 +106,12 @@ def _folder(path: str) -> Path:
 
 
 def _settle(
-    raw: "ConfigDict", folder: Path | None, stored: "Stored | None"
+    raw: "ConfigDict", folder: Path | None, stored: "Stored | None", alone: bool = True
 ) -> "tuple[Resolved, Prepared]":
     """The resolved config and its data set, no image of which has been decoded.
 
-    Args: folder: of the run, if it is known. stored: the run in it that goes on, or None.
+    Args: folder: of the run, if it is known. stored: the run in it that goes on, or None. alone:
+      False in the dry run of one of several processes.
     Raises: InputError: a field, or data, that cannot be used.
     """
     # Imported here so that a typing mistake on the command line is answered at once.
@@ -116,7 +124,7 @@ def _settle(
 
     config = check_types(raw)
     check_fields(config)
-    offered = offer_devices(config, stored)  # before a check of shapes starts JAX
+    offered = alone and offer_devices(config, stored)  # before a check of shapes starts JAX
     if folder is not None:
         check_apart(config, folder)
     if stored is not None and config.holdout_fraction is None:
@@ -164,15 +172,17 @@ def _run(raw: "ConfigDict", path: Path, startup: "Startup | None") -> int:
 # --------------------------------------------------------------------------------------- dry run
 
 
-def _dry_run(raw: "ConfigDict", path: str | None) -> int:
+def _dry_run(raw: "ConfigDict", path: str | None, alone: bool) -> int:
     """Prints the plan, after every check that needs no pixels.
 
     Devices and memory may be those of another machine: what does not fit here is a line, no error.
+
+    Args: alone: whether no other process is to take part in the run.
     """
     from mocosfl_jax.run.workdir import read_stored
 
     folder = _folder(path) if path else None
-    config, prepared = _settle(raw, folder, read_stored(folder) if folder else None)
+    config, prepared = _settle(raw, folder, read_stored(folder) if folder else None, alone)
     if folder is not None:
         _check_folder(folder, config, prepared)
     _print_plan(config, prepared)

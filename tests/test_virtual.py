@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from mocosfl_jax.main import main
 from mocosfl_jax.run import virtual
 from mocosfl_jax.run.virtual import offer_devices, with_devices
 from mocosfl_jax.run.workdir import Stored, read_stored
@@ -92,6 +93,20 @@ def test_who_has_set_their_number_or_started_jax_keeps_it(npz, machine, monkeypa
     monkeypatch.setenv("XLA_FLAGS", "")
     assert devices_of(npz, devices=None) is None
     assert not machine
+
+
+@pytest.mark.parametrize(
+    ("flags", "planned"),
+    [([], 2), (["--multihost"], None), (["--coordinator=host:1", "--num_processes=2"], None)],
+)
+def test_a_dry_run_of_one_of_several_processes_plans_no_virtual_devices(
+    npz, machine, capsys, monkeypatch, flags, planned
+):
+    monkeypatch.chdir(ROOT)
+    fields = tiny.flags(npz, devices=None)
+    assert main(["main", "--config", "configs/cifar10_cpu.py", *fields, *flags, "--dry_run"]) == 0
+    assert f"\ndevices: {planned}\n" in capsys.readouterr().out
+    assert machine.get("jax_num_cpu_devices") == planned
 
 
 def test_the_command_in_a_process_of_its_own(npz, tmp_path):
