@@ -137,7 +137,7 @@ def test_values_of_the_sections_belong_to_the_identity(npz):
     assert fields.isdisjoint(DEFENCES)
     values = run_values(resolved(npz, **ALL))
     assert (values["clip.norm"], values["ressfl.decoder"]) == (2.0, "conv_normN0C4")
-    assert "ressfl.learning_rate" not in values
+    assert "ressfl.learning_rate" not in values and "ressfl.warmup" not in values
 
 
 def test_what_a_config_says_is_what_the_client_does(npz):

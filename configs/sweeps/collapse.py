@@ -1,11 +1,12 @@
-"""Why pre-training against an attacker collapses, and what prevents it; minutes on a CPU core.
+"""Whether pre-training against an attacker collapses, with and without a warm-up of the term.
 
     python -m mocosfl_jax.sweep --config configs/sweeps/collapse.py --workdir runs/collapse
 
-configs/taressfl_pretrain.py with a small network, images of 16 pixels and a small decoder: 1,000
-steps of 64 rows, of Fashion-MNIST alone or half of them of 60 training images of CIFAR-10, of each
-of which the queue then holds 8 keys. A decoder as small as this one reaches an SSIM of 0.6 where
-nothing stops it, so the threshold is 0.45. kNN is that on Fashion-MNIST.
+configs/taressfl_pretrain.py with a small network, a small decoder and images of 16 pixels: 1,000
+steps of 64 rows, two or three minutes each on a CPU core. The rows are of Fashion-MNIST, or half of
+them are of 60 training images of CIFAR-10, and the queue then holds 8 keys of each. The threshold
+is lower than for the paper's decoder, which sees more. kNN is on Fashion-MNIST; a run that is at
+chance for a whole round is stopped and has none.
 """
 
 from ml_collections import ConfigDict
@@ -40,12 +41,10 @@ def get_config() -> ConfigDict:
     sweep.fixed.devices = 1
     sweep.variants = {
         **{name: _variant(term, images=0) for name, term in TERMS.items()},
-        "term, 60 target images": _variant(TERMS["term"], images=60),
-        "term after warm-up, 60 target images": _variant(TERMS["term after warm-up"], images=60),
+        **{f"{name}, 60 target images": _variant(term, 60) for name, term in TERMS.items()},
     }
     sweep.seeds = (0, 1, 2)
-    longer = ("term", "term after warm-up")
-    sweep.more_seeds = ({"variant": longer, "seeds": (3, 4, 5)},)
+    sweep.more_seeds = ({"variant": ("term",), "seeds": (3, 4, 5)},)
     sweep.columns = "seed"
     sweep.metrics = ("knn_top1",)
     return sweep

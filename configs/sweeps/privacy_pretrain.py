@@ -3,10 +3,10 @@
     python -m mocosfl_jax.sweep --config configs/sweeps/privacy_pretrain.py \
         --workdir runs/privacy_pretrain
 
-ResSFL on CIFAR-100 and on 0, 250 or 500 training images of the target, with the narrow network of
-configs/cifar10_cpu.py: 1,000 steps of 100 images, half of them the target's where it has any.
-Images of your own in place of CIFAR-100: --config.fixed.dataset=folder:PATH. Accuracies are those
-on that data set.
+ResSFL, after a warm-up, on CIFAR-100 and on 0, 250 or 500 training images of the target, with the
+narrow network of configs/cifar10_cpu.py: 1,000 steps of 100 images, half of them the target's where
+it has any. Images of your own in place of CIFAR-100: --config.fixed.dataset=folder:PATH. Accuracies
+are those on that data set.
 """
 
 from ml_collections import ConfigDict

@@ -81,8 +81,9 @@ class ResSFL:
     decoder: str = "res_normN4C64"
     # Adam's rate at the start; it falls to a fifth at 30, 60 and 80 % of the training.
     learning_rate: Annotated[float, ABOVE_0] = 1e-3
-    # Share of the training, in [0, 1), in which only the decoder learns and the term is 0 (not in
-    # the paper). A term that acts from the start can end in a collapsed network.
+    # Share of the training, from its start and in [0, 1), during which the term is left out: the
+    # decoder already learns, and the network trains as it would without (not in the paper). For
+    # pre-training, which may otherwise collapse; clients send unprotected latents in that time.
     warmup: Annotated[float, FROM_0_BELOW_1] = 0.0
 
 

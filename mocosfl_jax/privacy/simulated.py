@@ -60,11 +60,12 @@ class SimulatedAttacker:
     that raises the SSIM; then, fixed and in evaluation, it gives the gradient by the latents.
 
     Metrics: `attacker_ssim`, of the second, the mean over images; `attacker_above_threshold`, the
-    share of clients whose mean SSIM exceeds the threshold, whom the term changes after the warm-up.
+    share of clients whose mean SSIM exceeds the threshold, whom the term changes. Both are measured
+    during the warm-up, too.
 
     decoder: of `simulated_decoder`. latent_shape: (h, w, c). alpha: weight of the term. threshold:
     SSIM up to which it is 0. learning_rate: of Adam, at the start; see `MILESTONES`. warmup: share
-    of the training, at its start, in which the term is 0 for all clients.
+    of the training, from its start, during which the term is left out.
     """
 
     decoder: Decoder
