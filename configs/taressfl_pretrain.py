@@ -10,8 +10,8 @@ clients will later. 0.5 % of the target: --config.mix_fraction=0.005; nothing of
 configs/taressfl.py goes on from here.
 
 Of the 19 runs of this kind that the paper's authors published 5 collapse. Here the term against the
-attacker is left out of the first 30 % of the training: of the small runs in docs/results/collapse.md
-that did so none collapsed. A run whose loss is at chance for a whole round is stopped.
+attacker is left out of the first 30 % of the training; none of the small runs that did so collapsed
+(docs/results/collapse.md). A run whose loss is at chance for a whole round is stopped.
 """
 
 from ml_collections import ConfigDict
