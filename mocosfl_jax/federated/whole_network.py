@@ -52,7 +52,7 @@ class WholeNetwork(AlikeRounds):
         return False
 
     def traffic(self, images: jax.ShapeDtypeStruct) -> tuple[Message, ...]:
-        network = self._shapes()
+        network = self.model.shapes()
         return (
             Message("network", True, "sync", network),
             Message("average of networks", False, "sync", network),
@@ -90,7 +90,7 @@ class WholeNetwork(AlikeRounds):
         views = (_with_axis(images, 1),) * max(1, self.views)
         return ClientWork(
             train=Work(one_step, (cohort, views, labels), replaces=True),
-            infer=Work(self.model.encode, (self._shapes(), images), replaces=False),
+            infer=Work(self.model.encode, (self.model.shapes(), images), replaces=False),
         )
 
     def working_set(self, images: jax.ShapeDtypeStruct, slots: int) -> Tree:
@@ -100,7 +100,7 @@ class WholeNetwork(AlikeRounds):
         def backward(network: Variables, images: jax.Array) -> Any:
             return jax.vjp(lambda network: self.model.encode(network, images), network)[1]
 
-        network = self._shapes()
+        network = self.model.shapes()
         rows = max(1, self.views) * images.shape[0]
         views = jax.ShapeDtypeStruct((rows, *images.shape[1:]), images.dtype)
         kept = jax.eval_shape(backward, network, views)
@@ -111,9 +111,6 @@ class WholeNetwork(AlikeRounds):
         method = cast(Method, self)
         server = self.init(key, key)
         return server, method.join(server, method.own(server, key))
-
-    def _shapes(self) -> Variables:
-        return jax.eval_shape(self.model.init, jax.random.key(0))
 
 
 def _with_axis(tree: Tree, size: int) -> Tree:

@@ -1,5 +1,6 @@
 """A network cut in two: what a client runs, and what the server runs."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,10 @@ class SplitModel:
         head = self.head.init(head_key, features, jnp.ones((1,), bool), False)
         return Variables(client, {**server, "head": head["params"]}, head.get("batch_stats", {}))
 
+    def shapes(self) -> Variables:
+        """Of what `init` makes, and dtypes; nothing is computed."""
+        return _shapes(self)
+
     def latents(self, client_params: Params, images_BHWC: jax.Array) -> jax.Array:
         """What a client makes, (B, h, w, c), of normalised float32 images (B, H, W, 3)."""
         return cast(jax.Array, self.client.apply({"params": client_params}, images_BHWC))
@@ -104,6 +109,11 @@ class SplitModel:
         rows = jnp.ones(latents_BHWC.shape[0], bool)
         embedding, _ = self.embed(variables.server, variables.stats, features, rows, train=False)
         return Encoded(features, embedding)
+
+
+@functools.lru_cache(maxsize=64)  # each trace of a deep network takes a tenth of a second
+def _shapes(model: SplitModel) -> Variables:
+    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def build_model(

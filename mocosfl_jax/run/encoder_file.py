@@ -227,7 +227,7 @@ def _arrange(
     Args: without: prefix of names that need not be there; their leaves are None.
     Raises: ValueError: names the first tensor of another name, shape or dtype than the network's.
     """
-    needed = jax.eval_shape(model.init, jax.random.key(0))
+    needed = model.shapes()
     named = by_name(needed)
     left_out = {name for name in named if without is not None and name.startswith(without)}
     for name in sorted((named.keys() - left_out) | tensors.keys()):

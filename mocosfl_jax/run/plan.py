@@ -19,7 +19,7 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.knn import CHUNK
 from mocosfl_jax.evaluation.raw_pixels import BLOCK, SIDE
 from mocosfl_jax.federated.axes import NO_MESH
-from mocosfl_jax.federated.contract import Method
+from mocosfl_jax.federated.contract import Message, Method
 from mocosfl_jax.federated.state import TrainState, create_state
 from mocosfl_jax.models.split import Params, SplitModel, Variables, bytes_of
 from mocosfl_jax.run.program import program_of
@@ -122,26 +122,31 @@ def plan(config: Resolved) -> Plan:
     state = _state_shapes(config, method)
     network = jax.eval_shape(lambda: method.network(state.server, None))
     syncs = sum(config.sync_steps)
-    a_round = {"step": config.steps_per_round, "sync": syncs, "round": 1, "once": 0}
+    a_round = {"step": config.steps_per_round, "sync": syncs, "round": 1}
 
-    def sent(up: bool, times: dict[str, int], batches: int = 1) -> int:
-        traffic = method.traffic(_images(config, batches))
-        return sum(times[m.when] * bytes_of(m.content) for m in traffic if m.up == up)
-
-    factor = method.batch_factor
+    traffic = method.traffic(_images(config))
+    rich_up = rich_down = None
+    if method.batch_factor > 1:
+        of_rich = method.traffic(_images(config, method.batch_factor))
+        rich_up, rich_down = (_bytes_sent(of_rich, up, a_round) for up in (True, False))
     # A rich client counts as several others: its models are counted as often, which is too many.
     slots = -(-blocks_of(config) // method.chunks)
     return Plan(
         client_params=_count(network.client),
         server_params=_count(network.server),
-        bytes_up_per_client_round=sent(True, a_round),
-        bytes_down_per_client_round=sent(False, a_round),
-        bytes_down_per_client_once=sent(False, {**dict.fromkeys(a_round, 0), "once": 1}),
+        bytes_up_per_client_round=_bytes_sent(traffic, True, a_round),
+        bytes_down_per_client_round=_bytes_sent(traffic, False, a_round),
+        bytes_down_per_client_once=_bytes_sent(traffic, False, {"once": 1}),
         state_bytes=bytes_of(state),
         step_bytes=bytes_of(method.working_set(_images(config), slots)),
-        bytes_up_per_rich_client_round=sent(True, a_round, factor) if factor > 1 else None,
-        bytes_down_per_rich_client_round=sent(False, a_round, factor) if factor > 1 else None,
+        bytes_up_per_rich_client_round=rich_up,
+        bytes_down_per_rich_client_round=rich_down,
     )
+
+
+def _bytes_sent(traffic: tuple[Message, ...], up: bool, times: dict[str, int]) -> int:
+    """Of one direction. times: how often what is due at an event is sent, by `Message.when`."""
+    return sum(times.get(m.when, 0) * bytes_of(m.content) for m in traffic if m.up == up)
 
 
 def estimate_memory(config: Resolved, info: DatasetInfo, sizes: Plan) -> Memory:
@@ -153,7 +158,7 @@ def estimate_memory(config: Resolved, info: DatasetInfo, sizes: Plan) -> Memory:
       sizes: `plan(config)`.
     """
     model = model_of(config)
-    variables = jax.eval_shape(model.init, jax.random.key(0))
+    variables = model.shapes()
     pixels = 3 * info.image_size**2
     rows_a_dispatch = config.steps_per_dispatch * blocks_of(config) * config.images_a_step
     evaluated = info.labelled and info.num_test > 0
@@ -175,6 +180,8 @@ def estimate_memory(config: Resolved, info: DatasetInfo, sizes: Plan) -> Memory:
 def _bytes_of_others(config: Resolved, sizes: Plan) -> int:
     """Beyond what one device would hold: the server and its copy at a save, and their steps."""
     devices = config.devices or 1
+    if devices == 1:
+        return 0
     method = find_recipe(config.method).build(config, NO_MESH, devices)
     slots = -(-blocks_of(config) // (devices * method.chunks))
     server = bytes_of(_state_shapes(config, method).server)

@@ -76,7 +76,7 @@ def load_source(config: Resolved) -> Source:
 
 def _taken(config: Resolved, found: Variables) -> Variables:
     """The variables of the run's network with None where nothing is found or wanted."""
-    needed = jax.eval_shape(model_of(config).init, jax.random.key(0))
+    needed = model_of(config).shapes()
     parts = _PARTS[config.init_parts]
     taken = {name: x for name, x in by_name(found).items() if name.partition("/")[0] in parts}
     leaves = [taken.get(name) for name in by_name(needed)]

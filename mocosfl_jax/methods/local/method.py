@@ -199,7 +199,7 @@ class LocalTraining(AlikeRounds):
 
         labels = jax.ShapeDtypeStruct((rows,), jnp.int32) if self.labels else None
         client = jax.eval_shape(self._first_participant, jax.random.key(0))
-        variables = jax.eval_shape(self.model.init, jax.random.key(0))
+        variables = self.model.shapes()
         return ClientWork(
             train=Work(step, (client, (images,) * self.views, labels), replaces=True),
             infer=Work(self.model.encode, (variables, images), replaces=False),

@@ -122,7 +122,7 @@ def working_set(method: "MocoSFL", images: jax.ShapeDtypeStruct, slots: int) -> 
         query: Any = latents.query
         pixels = jax.ShapeDtypeStruct((query.shape[0], *images.shape[1:]), images.dtype)
         extra = method.client.extra_gradient.working_set(pixels, query)
-    variables = jax.eval_shape(method.model.init, jax.random.key(0))
+    variables = method.model.shapes()
     groups, width = slots if method.private_queues else 1, method.model.head.width
     rows, views = slots * latents.query.shape[0], 2 if method.server.loss.swapped else 1
 
@@ -162,5 +162,5 @@ def _one_client(
         rng = jax.random.key(0) if method.client.needs_key else None
         return client_side.forward(method.client, state, images, images, mask, rng)
 
-    variables = jax.eval_shape(method.model.init, jax.random.key(0))
+    variables = method.model.shapes()
     return jax.eval_shape(one_step, variables.client, images)
