@@ -27,8 +27,8 @@ from tests import tiny
 
 CONFIG = str(Path(__file__).parent.parent / "configs" / "cifar10.py")
 SEED = int(os.environ.get("MOCOSFL_FUZZ_SEED", "0"))
-CASES, PARTS = 200, 4
-TRAINED = 8
+CASES, PARTS = 120, 4
+TRAINED = 5
 TWO_STEPS = {
     "rounds": 1,
     "steps_per_round": 2,

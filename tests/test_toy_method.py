@@ -210,24 +210,14 @@ def test_a_run_is_what_plain_loops_give(whole):
     np.testing.assert_allclose(found, wanted.losses, rtol=TOLERANCE)
 
 
-def test_the_loss_falls(data, tmp_path):
-    fields = {"rounds": 5, "knn_every": 0, "dirichlet_alpha": None, "cohort_size": 5}
-    assert main(command(tmp_path, data, **fields)) == 0
-    losses = [line["loss"] for line in lines(tmp_path)[1:]]
-    assert np.mean(losses[-6:]) < 0.7 * np.mean(losses[:6])
-
-
 # ------------------------------------------------------------------------------------ the house
 
 
-@pytest.mark.parametrize(("logged", "saved"), [(2, 4), (8, 10)])
-def test_a_run_that_is_stopped_goes_on_bit_for_bit(
-    data, whole, tmp_path, stop_at, capsys, logged, saved
-):
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(data, whole, tmp_path, stop_at, capsys):
     """In the middle of a round: the dispatch behind still finishes."""
-    stop_at(logged)
+    stop_at(8)
     assert main(command(tmp_path, data)) == 143
-    assert f"stopped at step {saved} of 12" in capsys.readouterr().err
+    assert "stopped at step 10 of 12" in capsys.readouterr().err
     assert not (tmp_path / "summary.json").exists()
     assert main(command(tmp_path, data)) == 0
     assert without_speed(lines(tmp_path)) == without_speed(lines(whole))
@@ -236,11 +226,9 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(
     assert encoders[0] == encoders[1]
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_four_devices_give_what_one_gives(data, whole, tmp_path, monkeypatch, sharded):
-    """3 slots are padded to 4, and 5 clients to 8 where the population is sharded."""
-    if sharded:
-        monkeypatch.setattr(placement, "SHARDED_FROM", 0)
+def test_four_devices_give_what_one_gives(data, whole, tmp_path, monkeypatch):
+    """3 slots are padded to 4, and 5 clients to 8, as the population is sharded."""
+    monkeypatch.setattr(placement, "SHARDED_FROM", 0)
     assert main(command(tmp_path, data, devices=4)) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["devices"] == 4
     found, wanted = saved_state(tmp_path), saved_state(whole)

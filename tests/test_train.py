@@ -1,10 +1,6 @@
 """The loop: what a run leaves behind, and that stopping and resuming changes nothing."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -109,9 +105,9 @@ def test_queue_pointer_and_step_count(whole, npz):
     assert int(state.server.queue.ptr) == 18 * 24 % 32
 
 
-@pytest.mark.parametrize("step", [3, 6, 9])
+@pytest.mark.parametrize("step", [3, 6])
 def test_sigterm_saves_and_resuming_is_bit_identical(whole, npz, tmp_path, stop_at, step):
-    """Stopped in the middle of a round, at its end, and in the middle of the next."""
+    """Stopped in the middle of a round, and at its end."""
     stop_at(step)
     with pytest.raises(Interrupted):
         run(tmp_path, npz)
@@ -120,59 +116,6 @@ def test_sigterm_saves_and_resuming_is_bit_identical(whole, npz, tmp_path, stop_
     assert without_speed(lines(tmp_path)) == without_speed(lines(whole))
     states = (tiny.saved_state(folder, npz) for folder in (tmp_path, whole))
     jax.tree.map(np.testing.assert_array_equal, *states)
-
-
-KILLED = {"rounds": 12, "checkpoint_every": 2, "knn_every": 0, "probe_epochs": 0}
-
-
-def start(folder: Path, npz: Path) -> subprocess.Popen:
-    """The command of a run with many checkpoints, in a process of its own."""
-    config = str(ROOT / "configs/cifar10.py")
-    command = [sys.executable, "-m", "mocosfl_jax.main", "--config", config]
-    command += ["--workdir", str(folder), *tiny.flags(npz, **KILLED)]
-    with output_of(folder).open("w") as output:
-        return subprocess.Popen(command, cwd=ROOT, stdout=output)
-
-
-def output_of(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".out")
-
-
-@pytest.fixture(scope="module")
-def whole_command(npz, tmp_path_factory) -> Path:
-    """The folder of an uninterrupted command."""
-    folder = tmp_path_factory.mktemp("command")
-    assert start(folder, npz).wait() == 0
-    return folder
-
-
-def compiling(folder: Path) -> bool:
-    """The untrained encoder is evaluated: the dispatch is compiled next."""
-    return "kNN" in output_of(folder).read_text()
-
-
-def between_saves(folder: Path) -> bool:
-    return any(path.name.isdigit() for path in folder.glob("checkpoints/*"))
-
-
-def saving(folder: Path) -> bool:
-    """A checkpoint lies under its temporary name."""
-    return any("tmp" in path.name for path in folder.glob("checkpoints/*"))
-
-
-@pytest.mark.parametrize("moment", [compiling, between_saves, saving])
-def test_sigkill_and_resume_is_bit_identical(whole_command, npz, tmp_path, moment):
-    killed = start(tmp_path, npz)
-    while not moment(tmp_path):
-        assert killed.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.001)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "summary.json").exists()
-    assert start(tmp_path, npz).wait() == 0
-    encoders = [folder / "encoder.safetensors" for folder in (whole_command, tmp_path)]
-    assert encoders[0].read_bytes() == encoders[1].read_bytes()
-    assert without_speed(lines(tmp_path)) == without_speed(lines(whole_command))
 
 
 def test_same_command_after_the_end_does_nothing(whole, npz):
@@ -204,12 +147,22 @@ def test_divergence_stops_and_names_the_step(npz, tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"feature_sharing": False, "loss": "one_way"},
-        {"loss": "client", "align_momentum": True, "cut": 2},
-        {"cohort_size": 2, "sync_weights": "size", "bottleneck": "C4S2"},
-        {"client_learning_rate": 0.0, "head": "largeV2"},
-        {"cut": 3, "head": "V1"},
-        {"num_clients": 7, "classes_per_client": None, "dirichlet_alpha": 0.3, "cohort_size": 2},
+        {"feature_sharing": False, "loss": "one_way", "cut": 3, "head": "V1"},
+        {
+            "loss": "client",
+            "align_momentum": True,
+            "cut": 2,
+            "sync_weights": "size",
+            "bottleneck": "C4S2",
+        },
+        {
+            "client_learning_rate": 0.0,
+            "head": "largeV2",
+            "num_clients": 7,
+            "classes_per_client": None,
+            "dirichlet_alpha": 0.3,
+            "cohort_size": 2,
+        },
     ],
 )
 def test_every_kind_of_run_reaches_its_end(npz, tmp_path, fields):
