@@ -36,7 +36,9 @@ from tests.golden_privacy import replay_decoder, replay_ressfl, replay_ssim
 from tests.named_arrays import normal
 
 ROUNDINGS = 4
-"""Runs of a trajectory, at most: see `replay_trajectory`."""
+STEMS = {"client_stem_kernel", "client_momentum_stem_kernel"}
+"""How often a trajectory is run, at most, and arrays on which rounding shows so much that another
+run counts: see `replay_trajectory`."""
 
 
 def replay_forward(config: dict[str, Any], golden: Golden) -> Errors:
@@ -188,9 +190,9 @@ def queue_by_id(state: TrainState) -> Queue:
 def replay_trajectory(config: dict[str, Any], golden: Golden) -> Errors:
     """The best of a few runs whose images differ in their last bit.
 
-    Rounding decides on which side of 0 some input of a ReLU falls, and a parameter then moves
-    otherwise by up to the whole bound. PyTorch's side is met by one rounding and missed by
-    another; a wrong step misses it with all of them.
+    Rounding decides on which side of 0 some input of a ReLU falls, and a client's kernel then moves
+    otherwise by up to the whole bound. PyTorch's side is met by one rounding and missed by another
+    (docs/results/parity.md). Where anything else exceeds its bound, no further run counts.
     """
     method = golden_method(config)
     advance = jax.jit(partial(method.step, messages=True))
@@ -200,7 +202,8 @@ def replay_trajectory(config: dict[str, Any], golden: Golden) -> Errors:
         worst = max(errors.values())
         if not best or worst < max(best.values()):
             best = errors
-        if worst <= 1:
+        beyond = {name for name, error in errors.items() if not error <= 1}
+        if not beyond or beyond - STEMS:
             break
         print(f"  rounding {rounding}: {worst:.3f} of the bound", flush=True)
     return best

@@ -1,11 +1,13 @@
 """The numbers of the paper's PyTorch code, replayed through the public functions."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests import golden_replay
 from tests.golden_errors import absolute
-from tests.golden_replay import replay
+from tests.golden_replay import replay, replay_trajectory
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 
@@ -33,3 +35,24 @@ def test_nan_is_no_small_error(monkeypatch):
     monkeypatch.setattr("tests.golden_replay.REPLAYS", {"trajectory": run})
     path = next(path for path in FILES if path.stem.startswith("trajectory"))
     assert replay(path) == {"loss": float("inf")}
+
+
+@pytest.mark.parametrize(
+    ("found", "best"),
+    [
+        ([{"client_stem_kernel": 0.9}], 0),
+        (
+            [{"client_stem_kernel": 1.2}, {"client_stem_kernel": 1.1}, {"client_stem_kernel": 0.4}],
+            2,
+        ),
+        ([{"client_stem_kernel": error} for error in (1.4, 1.1, 1.3, 1.2)], 1),
+        ([{"client_stem_kernel": 1.2, "queue": 1.1}], 0),  # more than rounding
+        ([{"client_stem_kernel": float("nan")}] * 4, 0),
+    ],
+)
+def test_rounding_explains_client_kernels_only(monkeypatch, found, best):
+    runs = iter(found)
+    monkeypatch.setattr(golden_replay, "golden_method", lambda config: SimpleNamespace(step=len))
+    monkeypatch.setattr(golden_replay, "errors_of_run", lambda *args: next(runs))
+    assert replay_trajectory({}, {}) is found[best]
+    assert next(runs, None) is None

@@ -68,6 +68,14 @@ def feature_shape(model: SplitModel) -> tuple[int, ...]:
     return jax.eval_shape(model.features, shapes(model).server, one).shape[1:]
 
 
+def test_shapes_are_those_of_init_and_the_callers_own():
+    model = tiny(bottleneck=parse_bottleneck("C4S2"))
+    expected = jax.eval_shape(model.init, jax.random.key(0))
+    assert model.shapes() == expected
+    model.shapes().client.clear()
+    assert model.shapes() == expected
+
+
 # --------------------------------------------------------------------------------------- backbones
 
 

@@ -105,9 +105,9 @@ def test_queue_pointer_and_step_count(whole, npz):
     assert int(state.server.queue.ptr) == 18 * 24 % 32
 
 
-@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize("step", [6, 9])
 def test_sigterm_saves_and_resuming_is_bit_identical(whole, npz, tmp_path, stop_at, step):
-    """Stopped in the middle of a round, and at its end."""
+    """Stopped at the end of a round, and in the middle of the next."""
     stop_at(step)
     with pytest.raises(Interrupted):
         run(tmp_path, npz)
@@ -152,6 +152,7 @@ def test_divergence_stops_and_names_the_step(npz, tmp_path):
             "loss": "client",
             "align_momentum": True,
             "cut": 2,
+            "cohort_size": 2,
             "sync_weights": "size",
             "bottleneck": "C4S2",
         },

@@ -2,7 +2,7 @@
 
     python -m mocosfl_jax.sweep --config configs/sweeps/comparison.py --workdir runs/comparison
 
-Each method has the learning rate that comparison_rates.py found best with 20 clients, by kNN on
+Each method has one learning rate, which comparison_rates.py found best with 20 clients by kNN on
 the training images that are held out. Of 5 and of 100 clients all take part in each round, of 20
 clients 5 do. A round is 10,000 images throughout. The numbers called `test` are those on the test
 images of CIFAR-10.

@@ -53,6 +53,8 @@ def get_config() -> ConfigDict:
     sweep.metrics = (
         "linear_top1",
         "linear_top1_released",
+        "knn_top1",
+        "knn_top1_released",
         "attack/N4C64/mse_ratio",
         "attack/N4C64/ssim.mean",
         "attack/N4C64/psnr.mean",

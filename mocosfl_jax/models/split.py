@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -70,8 +70,8 @@ class SplitModel:
         return Variables(client, {**server, "head": head["params"]}, head.get("batch_stats", {}))
 
     def shapes(self) -> Variables:
-        """Of what `init` makes, and dtypes; nothing is computed."""
-        return _shapes(self)
+        """Shapes and dtypes of what `init` returns; nothing is computed."""
+        return jax.tree.map(lambda x: x, _shapes(replace(self, release=None)))
 
     def latents(self, client_params: Params, images_BHWC: jax.Array) -> jax.Array:
         """What a client makes, (B, h, w, c), of normalised float32 images (B, H, W, 3)."""

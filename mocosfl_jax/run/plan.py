@@ -122,8 +122,8 @@ def plan(config: Resolved) -> Plan:
     state = _state_shapes(config, method)
     network = jax.eval_shape(lambda: method.network(state.server, None))
     syncs = sum(config.sync_steps)
-    a_round = {"step": config.steps_per_round, "sync": syncs, "round": 1}
-
+    a_round = {"step": config.steps_per_round, "sync": syncs, "round": 1, "once": 0}
+    once = {"step": 0, "sync": 0, "round": 0, "once": 1}
     traffic = method.traffic(_images(config))
     rich_up = rich_down = None
     if method.batch_factor > 1:
@@ -136,7 +136,7 @@ def plan(config: Resolved) -> Plan:
         server_params=_count(network.server),
         bytes_up_per_client_round=_bytes_sent(traffic, True, a_round),
         bytes_down_per_client_round=_bytes_sent(traffic, False, a_round),
-        bytes_down_per_client_once=_bytes_sent(traffic, False, {"once": 1}),
+        bytes_down_per_client_once=_bytes_sent(traffic, False, once),
         state_bytes=bytes_of(state),
         step_bytes=bytes_of(method.working_set(_images(config), slots)),
         bytes_up_per_rich_client_round=rich_up,
@@ -145,8 +145,8 @@ def plan(config: Resolved) -> Plan:
 
 
 def _bytes_sent(traffic: tuple[Message, ...], up: bool, times: dict[str, int]) -> int:
-    """Of one direction. times: how often what is due at an event is sent, by `Message.when`."""
-    return sum(times.get(m.when, 0) * bytes_of(m.content) for m in traffic if m.up == up)
+    """Of one direction. times: how often each is sent, by `Message.when`."""
+    return sum(times[m.when] * bytes_of(m.content) for m in traffic if m.up == up)
 
 
 def estimate_memory(config: Resolved, info: DatasetInfo, sizes: Plan) -> Memory:
