@@ -375,23 +375,3 @@ def test_numbers_are_found_by_their_names():
     for name in ("psnr.mean", "attack//psnr.mean", "attack/a/knn_top1", "other/a/mse_ratio", "a/b"):
         with pytest.raises(KeyError):
             number_of(name)
-
-
-# -------------------------------------------------------------------------------------- configs
-
-
-def test_the_sweep_of_privacy(monkeypatch):
-    from mocosfl_jax.run.commandline import define_flags, parse
-
-    monkeypatch.chdir(ROOT)
-    runs = {}
-    for name in ("privacy", "privacy_pretrain"):
-        argv = ["sweep", "--config", f"configs/sweeps/{name}.py"]
-        values = define_flags(argv)
-        parse(values, argv, of_sweep=True)
-        runs[name] = expand(values.config)
-    assert len(runs["privacy"]) == 12
-    twice = {run.variant for run in runs["privacy"].values() if len(run.commands) == 2}
-    assert twice == {"no defence cut 1", "C4S2", "TAResSFL 0", "TAResSFL 250", "TAResSFL 500"}
-    sources = {run.overrides.get("init_from") for run in runs["privacy"].values()} - {None}
-    assert sources == {f"runs/privacy_pretrain/runs/{name}" for name in runs["privacy_pretrain"]}
