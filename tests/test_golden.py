@@ -41,13 +41,11 @@ def test_nan_is_no_small_error(monkeypatch):
     ("found", "best"),
     [
         ([{"client_stem_kernel": 0.9}], 0),
-        (
-            [{"client_stem_kernel": 1.2}, {"client_stem_kernel": 1.1}, {"client_stem_kernel": 0.4}],
-            2,
-        ),
+        ([{"client_stem_kernel": error} for error in (1.2, 1.1, 0.4)], 2),
         ([{"client_stem_kernel": error} for error in (1.4, 1.1, 1.3, 1.2)], 1),
         ([{"client_stem_kernel": 1.2, "queue": 1.1}], 0),  # more than rounding
         ([{"client_stem_kernel": float("nan")}] * 4, 0),
+        ([{"queue": 0.1, "client_stem_kernel": error} for error in (float("nan"), 0.4)], 1),
     ],
 )
 def test_rounding_explains_client_kernels_only(monkeypatch, found, best):

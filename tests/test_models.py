@@ -44,11 +44,6 @@ def initialized(model: SplitModel) -> Variables:
     return jax.jit(model.init)(jax.random.key(5))
 
 
-@functools.cache
-def shapes(model: SplitModel) -> Variables:
-    return jax.eval_shape(model.init, jax.random.key(0))
-
-
 def count(tree) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
@@ -60,12 +55,12 @@ def images(batch: int = 3, size: int = SIZE) -> jax.Array:
 
 def latent_shape(model: SplitModel) -> tuple[int, ...]:
     one = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-    return jax.eval_shape(model.latents, shapes(model).client, one).shape[1:]
+    return jax.eval_shape(model.latents, model.shapes().client, one).shape[1:]
 
 
 def feature_shape(model: SplitModel) -> tuple[int, ...]:
     one = jax.ShapeDtypeStruct((1, *latent_shape(model)), jnp.float32)
-    return jax.eval_shape(model.features, shapes(model).server, one).shape[1:]
+    return jax.eval_shape(model.features, model.shapes().server, one).shape[1:]
 
 
 def test_shapes_are_those_of_init_and_the_callers_own():
@@ -88,7 +83,7 @@ def test_shapes_are_those_of_init_and_the_callers_own():
     ],
 )
 def test_parameter_counts_are_the_papers(cut, bottleneck, client, server):
-    variables = shapes(paper(cut=cut, bottleneck=parse_bottleneck(bottleneck)))
+    variables = paper(cut=cut, bottleneck=parse_bottleneck(bottleneck)).shapes()
     assert (count(variables.client), count(variables.server)) == (client, server)
 
 
@@ -102,7 +97,7 @@ def test_parameter_counts_are_the_papers(cut, bottleneck, client, server):
     ],
 )
 def test_backbones_have_torchvisions_parameters_but_for_the_stem(backbone, torchvision):
-    variables = shapes(paper(backbone))
+    variables = paper(backbone).shapes()
     units = count(variables.client) + count(variables.server) - count(variables.server["head"])
     assert units == torchvision - (7 * 7 - 3 * 3) * 3 * 64
 
@@ -114,7 +109,7 @@ def test_stems_halve_what_they_should(stem, size, side):
     model = tiny(stem=stem, image_size=size, width=12)
     assert latent_shape(model) == (side, side, 12)
     k = int(stem[0])
-    assert shapes(model).client["unit0"]["conv"]["kernel"].shape == (k, k, 3, 12)
+    assert model.shapes().client["unit0"]["conv"]["kernel"].shape == (k, k, 3, 12)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +131,7 @@ def test_latents_at_every_cut(backbone, cut, expected, bottleneck, stride):
     height, width, channels = expected
     if bottleneck != "none":
         channels = int(bottleneck[1:-2])
-        decoder = shapes(model).server["bottleneck"]
+        decoder = model.shapes().server["bottleneck"]
         assert decoder[f"conv{len(decoder)}"]["bias"].shape == expected[-1:]
     assert latent_shape(model) == (height // stride, width // stride, channels)
     assert feature_shape(model) == (16 if backbone == "resnet18" else 64,)
@@ -264,7 +259,7 @@ def test_another_key_gives_other_kernels():
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
     single, half = tiny(), tiny(compute_dtype="bfloat16")
     variables = initialized(single)
-    assert {x.dtype for x in jax.tree.leaves(shapes(half))} == {jnp.dtype(jnp.float32)}
+    assert {x.dtype for x in jax.tree.leaves(half.shapes())} == {jnp.dtype(jnp.float32)}
     latents = jax.eval_shape(half.latents, variables.client, images())
     assert latents.dtype == jnp.bfloat16
 
@@ -298,7 +293,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
     ],
 )
 def test_heads_have_the_papers_widths(head, backbone, widths):
-    variables = shapes(paper(backbone, head=head, head_width=HEADS[head].width))
+    variables = paper(backbone, head=head, head_width=HEADS[head].width).shapes()
     tree = variables.server["head"]
     dense = [tree[f"dense{i + 1}"]["kernel"].shape for i in range(len(widths))]
     assert dense == widths

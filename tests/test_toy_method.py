@@ -210,6 +210,13 @@ def test_a_run_is_what_plain_loops_give(whole):
     np.testing.assert_allclose(found, wanted.losses, rtol=TOLERANCE)
 
 
+def test_the_loss_falls(data, tmp_path):
+    fields = {"rounds": 5, "knn_every": 0, "dirichlet_alpha": None, "cohort_size": 5}
+    assert main(command(tmp_path, data, **fields)) == 0
+    losses = [line["loss"] for line in lines(tmp_path)[1:]]
+    assert np.mean(losses[-6:]) < 0.7 * np.mean(losses[:6])
+
+
 # ------------------------------------------------------------------------------------ the house
 
 
