@@ -8,10 +8,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 from mocosfl_jax.run import processes, stopping
+from mocosfl_jax.run.console import end
+from mocosfl_jax.run.processes import say
 from mocosfl_jax.run.stopping import (
     ECHO_SECONDS,
     SIGNALS,
@@ -219,3 +222,19 @@ def test_two_processes_stop_at_the_same_iteration():
     assert last == out_1.splitlines()[-1].split()
     assert err_0 == f"mocosfl_jax: SIGINT on process 1: {STOPPING}\n"
     assert err_1 == f"mocosfl_jax: SIGINT: {STOPPING}\n"
+
+
+@pytest.mark.parametrize(
+    ("speak", "line"),
+    [
+        (lambda: end("mocosfl_jax.sweep", "stopped", 143), "mocosfl_jax.sweep: stopped\n"),
+        (lambda: say("SIGTERM: stopping"), "mocosfl_jax: SIGTERM: stopping\n"),
+    ],
+)
+def test_a_line_is_one_write(monkeypatch, speak, line):
+    """Two threads that speak at once would mix lines of several writes."""
+    written = []
+    stream = SimpleNamespace(write=written.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stderr", stream)
+    speak()
+    assert written == [line]

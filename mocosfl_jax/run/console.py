@@ -72,8 +72,14 @@ def answered(command: str, run: Callable[[], int]) -> int:
 
 def end(command: str, reason: object, status: int) -> int:
     """Says on stderr why a command ends; returns the status."""
-    print(f"{command}: {reason}", file=sys.stderr)
+    say_line(f"{command}: {reason}")
     return status
+
+
+def say_line(text: str) -> None:
+    """One line on stderr from any thread, in one write, so that no other thread's comes between."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def unbreakable_output() -> None:

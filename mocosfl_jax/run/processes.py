@@ -23,6 +23,7 @@ import jax
 from jax._src import distributed  # for `Notices`: JAX has no public access to its key-value store
 
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.run.console import say_line
 from mocosfl_jax.run.storage import StorageError
 
 JOIN_SECONDS = 300
@@ -170,7 +171,7 @@ class Notices:
 def say(text: str) -> None:
     """One line on stderr, from any thread."""
     with contextlib.suppress(OSError):  # nobody listens any more
-        print(f"mocosfl_jax: {text}", file=sys.stderr, flush=True)
+        say_line(f"mocosfl_jax: {text}")
 
 
 def end_process(status: int) -> NoReturn:

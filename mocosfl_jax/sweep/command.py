@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.commandline import parse
-from mocosfl_jax.run.console import FAILED, answered, end
+from mocosfl_jax.run.console import FAILED, answered, end, say_line
 from mocosfl_jax.sweep.definition import Run, columns_of, counted, expand
 from mocosfl_jax.sweep.engines import Engine, LocalEngine, SlurmEngine, Task, visible_gpus
 from mocosfl_jax.sweep.folder import SweepFolder
@@ -90,7 +90,7 @@ def _sweep(
     with stop_requests() as stop:
         carry_out(tasks, engine, tally, Board(tally), stop, ended_well)
         for name, reason in tally.failed.items():
-            print(f"{COMMAND}: {name} failed, {reason}", file=sys.stderr)
+            say_line(f"{COMMAND}: {name} failed, {reason}")
         print(write_report(folder, columns_of(sweep), sweep.metrics, sweep.scatter), end="")
     if stop.number is not None:
         return end(COMMAND, "stopped; run the same command to continue", 128 + stop.number)
