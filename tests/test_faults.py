@@ -4,6 +4,7 @@ They end bit-identical to an undisturbed run once the same command is repeated, 
 that is promised. `tests/broken_run.py` says what a fault is.
 """
 
+import errno
 import json
 import os
 import random
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from mocosfl_jax.run.checkpoint import saved_steps
+from mocosfl_jax.run.checkpoint import Checkpoints, Identity, saved_steps
+from mocosfl_jax.run.storage import StorageError
 from tests import tiny
 from tests.test_train import ROOT, lines, without_speed
 
@@ -148,6 +150,41 @@ def test_files_that_cannot_grow(npz, whole, tmp_path):
     process.stdout.close()
     assert (process.wait(timeout=300), process.stderr.read()) == (0, b"")
     assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("at_wait", [False, True])
+@pytest.mark.parametrize("at_close", [False, True])
+def test_a_save_that_failed_is_told_once(at_wait, at_close, tmp_path):
+    """Orbax raises again for each file that failed, the last time when it is closed."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1, Identity(None, ""))
+    manager = checkpoints._manager
+    checkpoints._manager = Failing(manager, at_wait, at_close)
+    told = []
+    for act in (checkpoints.wait, checkpoints.close):
+        try:
+            act()
+        except StorageError as error:
+            told.append(f"{act.__name__}: {error.path.name}: {error.reason}")
+    manager.close()
+    first, second = "wait: checkpoints: first", "close: checkpoints: second"
+    assert told == ([first] if at_wait else [second] if at_close else [])
+
+
+class Failing:
+    """A manager of checkpoints whose last save failed, found at these places."""
+
+    def __init__(self, manager, at_wait: bool, at_close: bool):
+        self._manager, self._wait, self._close = manager, at_wait, at_close
+
+    def wait_until_finished(self) -> None:
+        if self._wait:
+            self._wait = False
+            raise OSError(errno.EFBIG, "first")
+
+    def close(self) -> None:
+        self._manager.close()
+        if self._close:
+            raise ValueError("second")
 
 
 def test_metrics_that_cannot_grow(npz, tmp_path):

@@ -4,6 +4,7 @@ A checkpoint also carries the config and the data set of its run, and a digest o
 On a restart the newest one that passes counts; those that do not are set aside, never deleted.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -27,7 +28,7 @@ from mocosfl_jax.config.recipe import FormerLayout, find_recipe
 from mocosfl_jax.config.stored import config_from_json, differences, run_values, to_json
 from mocosfl_jax.errors import InputError, quiet_logs
 from mocosfl_jax.run.clock import Clock
-from mocosfl_jax.run.storage import reason, writing
+from mocosfl_jax.run.storage import StorageError, reason, writing
 
 LAYOUT = 2
 """Of the state in a checkpoint; those of version 0.1 do not say theirs (`Recipe.former`)."""
@@ -305,6 +306,7 @@ class Checkpoints:
         self._when_written: Callable[[], None] = lambda: None
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._starting: Future[None] | None = None
+        self._told = False  # of a save that failed
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=True,
@@ -345,18 +347,24 @@ class Checkpoints:
         Raises: StorageError.
         """
         starting, self._starting = self._starting, None
-        with writing(self._folder, Exception):
-            if starting is not None:
-                starting.result()
-            self._manager.wait_until_finished()
+        try:
+            with writing(self._folder, Exception):
+                if starting is not None:
+                    starting.result()
+                self._manager.wait_until_finished()
+        except StorageError:
+            self._told = True
+            raise
 
     def close(self) -> None:
         """Raises: StorageError: the last save failed, and nobody has been told yet."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
-            self._manager.close()
+        repeated = (Exception,) if self._told else ()  # Orbax raises once a file that failed
+        with contextlib.suppress(*repeated), writing(self._folder, Exception):
+            try:
+                self.wait()
+            finally:
+                self._thread.shutdown()
+                self._manager.close()
 
     def _start(self, step: int, state: Any, clock: dict[str, Any]) -> None:
         seal = {"layout": LAYOUT, "digest": digest(state, clock), **self._identity.to_json()}

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
@@ -93,10 +94,12 @@ def unbreakable_output() -> None:
 
 
 def quiet_libraries() -> None:
-    """Drops what Orbax, TensorStore and asyncio print of files that turn out damaged, or of a disk
-    that is full: the errors themselves reach us, and are said in one line."""
+    """Drops what JAX, Orbax, TensorStore and asyncio print of files that turn out damaged, or of a
+    disk that is full: the errors that matter reach us, and are said in one line."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _hook
 
 

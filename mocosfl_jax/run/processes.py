@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -321,8 +320,7 @@ def _refuse_when_stopped(startup: Startup) -> None:
 
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in a folder, unless the environment names another one or it is
-    `none`; one that cannot be written is left alone by JAX, with a warning."""
+    `none`; one that cannot be written is left alone by JAX, with a warning that no command
+    shows (`quiet_libraries`)."""
     if folder != "none" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-        # A full disk ends a run in one line of ours, or not at all.
-        warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
