@@ -5,8 +5,9 @@
 
 The client is a ResNet-18's up to the cut and the bottleneck C4S2, random and frozen; the decoder
 learns from 450 random images in batches of 32 and is validated on 50 after each epoch, as
-`mocosfl_jax.attack` does it. Both sides make the latents anew in each step. They take turns,
-`repeats` times; medians are reported, of all epochs with compilation, and of one epoch without.
+`mocosfl_jax.attack` does it, on a CPU with two virtual devices. Both sides make the latents anew in
+each step. They take turns, `repeats` times; medians are reported, of all epochs with compilation,
+and of one epoch without.
 """
 
 import argparse
@@ -23,12 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mocosfl_jax.attack.inversion import Attack, Epoch, train_decoder
+from mocosfl_jax.attack.inversion import PARTS, Attack, Epoch, suitable_devices, train_decoder
 from mocosfl_jax.config import check_types, default_config, resolve
 from mocosfl_jax.config.network import model_of
 from mocosfl_jax.data.dataset import DatasetInfo
 from mocosfl_jax.models.decoder import Decoder, DecoderShape, doublings, parse_decoder
 from mocosfl_jax.models.split import SplitModel
+from mocosfl_jax.run.virtual import use_virtual_devices
 
 SIZE, TRAIN, VALIDATE, BATCH = 32, 450, 50, 32
 CIFAR10 = DatasetInfo(
@@ -54,6 +56,7 @@ def ours(cut: int, shape: DecoderShape, images: np.ndarray, epochs: int) -> list
         std=STD,
         epochs=epochs,
         batch_size=BATCH,
+        devices=suitable_devices(),
     )
     ticks: list[float] = []
 
@@ -181,6 +184,7 @@ def main() -> None:
     parser.add_argument("--decoder", default="res_normN4C64")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
+    use_virtual_devices(PARTS)
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.device_kind}, {platform.machine()}")
     figures = measure(args.cut, args.decoder, args.epochs, args.repeats)

@@ -9,13 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mocosfl_jax.attack.inversion import Attack, Epoch, evaluate, train_decoder
+from mocosfl_jax.attack.inversion import (
+    PARTS,
+    Attack,
+    Epoch,
+    evaluate,
+    suitable_devices,
+    train_decoder,
+)
 from mocosfl_jax.attack.options import Options
 from mocosfl_jax.attack.quality import Quality, quality_of_one
 from mocosfl_jax.data.sources import load_dataset
 from mocosfl_jax.models.client_net import ClientNet
 from mocosfl_jax.models.decoder import Decoder
 from mocosfl_jax.randomness import Stream, host_rng
+from mocosfl_jax.run.virtual import use_virtual_devices
 from tests.golden_errors import Errors, Golden
 from tests.golden_model import IMAGE_SIZE, golden_model
 
@@ -43,6 +51,7 @@ def auxiliary_images(seed: int) -> np.ndarray:
 
 
 def replay_attack(config: dict[str, Any], golden: Golden) -> Errors:
+    use_virtual_devices(PARTS)
     net = golden_model({"head_width": 128, **config}).client
     options, params = Options(), client_params(net, golden)
     attack = Attack(
@@ -54,6 +63,7 @@ def replay_attack(config: dict[str, Any], golden: Golden) -> Errors:
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         seed=options.seed,
+        devices=suitable_devices(),
     )
     images = auxiliary_images(options.seed)
     validate, train = np.split(images, [AUXILIARY // 10])

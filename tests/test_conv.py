@@ -21,11 +21,13 @@ SHAPES = [
     (3, 1, 5, 4, 16, 16),
     (3, 2, 8, 6, 4, 3),
     (3, 2, 7, 5, 3, 16),
+    (3, 2, 7, 5, 5, 2),
     (1, 1, 5, 6, 4, 2),
     (1, 2, 8, 6, 2, 3),
     (1, 2, 7, 5, 2, 3),
     (7, 1, 9, 8, 3, 2),
     (7, 2, 12, 9, 3, 4),
+    (7, 2, 9, 12, 4, 2),
 ]
 CLIENTS = 3
 
@@ -106,7 +108,7 @@ def test_kernel_gradient_in_chunks_of_images(batch, chunks, monkeypatch):
     assert ("stablehlo.while" in step.lower(x, kernel, g).as_text()) == (chunks > 1)
 
 
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[6]])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[4], SHAPES[7]])
 @pytest.mark.parametrize("shared", ["nothing", "kernel", "images"])
 def test_vmap_is_a_loop_over_clients(shape, shared, form):
     x, kernel, g = arrays(shape, clients=(CLIENTS,))

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from mocosfl_jax.attack import inversion
-from mocosfl_jax.attack.inversion import Attack, DivergedError, evaluate, train_decoder
+from mocosfl_jax.attack.inversion import Attack, DivergedError, evaluate, reconstruct, train_decoder
 from mocosfl_jax.models.decoder import Decoder, parse_decoder
 from tests.tiny_method import assert_close
 
@@ -38,21 +38,23 @@ class Inverted:
         return train_decoder(self.attack, *arguments)
 
 
-def test_training_is_adam_on_the_images_that_count():
-    """One epoch of two full batches and of one with 4 images, beside a loop without padding."""
-    run = Inverted(0.0)
-    attack, images = dataclasses.replace(run.attack, epochs=1, batch_size=8), run.train[:20]
+@pytest.mark.parametrize(("devices", "batch_size"), [(1, 8), (2, 8), (2, 7)])
+def test_training_is_adam_on_the_images_that_count(devices, batch_size):
+    """One epoch of two full batches and of a smaller one, beside a loop without padding."""
+    run, options = Inverted(0.0), {"batch_size": batch_size, "devices": devices}
+    attack, images = dataclasses.replace(run.attack, epochs=1, **options), run.train[:20]
     optimizer, decoder = optax.adam(1e-3), attack.decoder
     variables, state = inversion._init(attack, run.participant, images[:1])
     batches = inversion._batches(attack, 20, epoch=1)
     assert sorted(batches.ids[batches.mask]) == list(range(20)) and batches.mask.sum() == 20
-    assert len({*map(str, jax.random.key_data(batches.keys))}) == 3
+    assert batches.mask.sum(axis=1).tolist() == [batch_size] * 2 + [20 - 2 * batch_size]
+    assert len({*map(str, jax.random.key_data(batches.keys).reshape(-1, 2))}) == 3 * 2
 
     @jax.jit
     def step(variables, state, pixels):
         rows = jnp.ones(len(pixels), bool)
         latents = send(
-            0.0, (pixels - np.float32(attack.mean)) / np.float32(attack.std), batches.keys[0]
+            0.0, (pixels - np.float32(attack.mean)) / np.float32(attack.std), batches.keys[0, 0]
         )
 
         def loss(params):
@@ -72,6 +74,22 @@ def test_training_is_adam_on_the_images_that_count():
     found = train_decoder(attack, run.participant, images, run.validate).variables
     for kept in ("kernel", "scale", "var"):
         assert_close(only(found, kept), only(variables, kept), kept, 1e-4)
+
+
+def test_two_devices_draw_the_noise_of_one():
+    """In training, and in the evaluation of one decoder."""
+    run, kernels, errors = Inverted(3.0), [], []
+    one, two = (dataclasses.replace(run.attack, epochs=1, devices=n) for n in (1, 2))
+    for attack in (one, two):
+        trained = train_decoder(attack, run.participant, run.train, run.validate)
+        kernels.append(only(trained.variables, "kernel"))
+    for attack in (one, two):
+        errors.append(evaluate(attack, trained.variables, run.participant, run.train[:45]))
+    assert_close(kernels[1], kernels[0], "trained on two devices", 1e-4)
+    assert_close(errors[1], errors[0], "evaluated on two devices", 1e-5)
+    alike = np.repeat(run.train[:1], 32, axis=0)
+    (answers,) = reconstruct(two, trained.variables, run.participant, alike)
+    assert len(np.unique(answers.reshape(32, -1), axis=0)) == 32
 
 
 def only(variables: dict, name: str) -> list:

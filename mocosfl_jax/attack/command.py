@@ -19,18 +19,19 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-import jax
 import numpy as np
 from absl import flags
 
 from mocosfl_jax.attack.commandline import parse_command
 from mocosfl_jax.attack.images import AttackImages, choose_images
 from mocosfl_jax.attack.inversion import (
+    PARTS,
     Attack,
     DivergedError,
     Epoch,
     evaluate,
     reconstruct,
+    suitable_devices,
     train_decoder,
 )
 from mocosfl_jax.attack.options import Options
@@ -52,6 +53,7 @@ from mocosfl_jax.run.console import FAILED, answered, end
 from mocosfl_jax.run.options import options_of, workdir_of
 from mocosfl_jax.run.processes import use_compilation_cache
 from mocosfl_jax.run.progress import SECONDS_BETWEEN_LINES
+from mocosfl_jax.run.virtual import use_virtual_devices
 from mocosfl_jax.run.workdir import Stored, hold, prepare_again, read_run
 
 COMMAND = "mocosfl_jax.attack"
@@ -79,6 +81,7 @@ def _carry_out(values: flags.FlagValues) -> int:
     options, workdir = options_of(values, Options), workdir_of(values)
     folder = AttackFolder(workdir, values.name or options.default_name)
     stored = read_run(workdir)
+    use_virtual_devices(PARTS)
     use_compilation_cache(stored.config.compilation_cache)
     steps, step = saved_steps(workdir / "checkpoints"), folder.step  # the run may have gone on
     if values.step not in (None, step):
@@ -124,7 +127,7 @@ def _attack(
 
     Raises: DivergedError; StorageError.
     """
-    config, participant = victim.config, jax.device_put(victim.participant)
+    config, participant = victim.config, victim.participant
     attack = Attack(
         send=victim.method.sent,
         decoder=Decoder(options.decoder_shape, config.image_size),
@@ -134,6 +137,7 @@ def _attack(
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         seed=options.seed,
+        devices=suitable_devices(),
     )
     train, validate = (dataset.train.images[ids] for ids in (images.train, images.validate))
     targets = images.split.images[images.targets]

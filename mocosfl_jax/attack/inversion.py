@@ -4,6 +4,9 @@ The attacker knows the client's model and what the client does to latents before
 client's forward pass is part of each step, on a batch of the attacker's own images. Noise is drawn
 anew each time, as for the client's. Protocol: Li et al., "ResSFL: a resistance transfer framework",
 CVPR 2022, as used for MocoSFL's privacy table (ICLR 2023).
+
+A batch may be spread over two devices, which is for CPUs: two virtual ones keep the cores busier
+than one does (`run/virtual.py`).
 """
 
 import math
@@ -16,11 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
 from mocosfl_jax.attack.quality import Quality, joined, pixels, quality
 from mocosfl_jax.data.augment import normalise
+from mocosfl_jax.federated.axes import Axes
 from mocosfl_jax.learning.adam import adam_update
+from mocosfl_jax.models.conv import on_cpu
 from mocosfl_jax.models.decoder import Decoder
 from mocosfl_jax.randomness import Stream, device_key, host_rng
 
@@ -29,6 +36,9 @@ Send = Callable[[Tree, jax.Array, jax.Array], jax.Array | None]
 """From a participant, normalised images (B, S, S, 3) and a key to the latents that leave it: the
 `sent` of a method whose clients do send some."""
 
+PARTS = 2
+"""Parts of a batch with a key of their own, so that two devices draw the same noise as one."""
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -36,6 +46,7 @@ class Attack:
 
     mean, std: of each channel, of pixels in [0, 1], that the client normalises with.
     epochs, batch_size, learning_rate, seed: see `Options`.
+    devices: over which the rows of a batch are spread, 1 or 2.
     """
 
     send: Send
@@ -46,11 +57,34 @@ class Attack:
     batch_size: int = 32
     learning_rate: float = 1e-3
     seed: int = 0
+    devices: int = 1
 
-    def latents(self, participant: Tree, pixels_BHWC: jax.Array, key: jax.Array) -> jax.Array:
-        """What the server sees of images with pixels in [0, 1]."""
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(np.array(jax.devices()[: self.devices]), _AXES.rows)
+
+    @property
+    def network(self) -> Decoder:
+        """The decoder, of a batch on the mesh."""
+        return self.decoder.clone(row_axes=_AXES.rows)
+
+    def latents(self, participant: Tree, pixels_BHWC: jax.Array, keys: jax.Array) -> jax.Array:
+        """What the server sees of images with pixels in [0, 1].
+
+        Args: keys: one for each of as many equal parts of the batch.
+        """
         mean, std = (jnp.asarray(x, jnp.float32) for x in (self.mean, self.std))
-        return cast(jax.Array, self.send(participant, normalise(pixels_BHWC, mean, std), key))
+        parts = jnp.split(normalise(pixels_BHWC, mean, std), len(keys))
+        sent = map(partial(self.send, participant), parts, keys)
+        return jnp.concatenate(cast(list[jax.Array], list(sent)))
+
+    def spread(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Any:
+        """The function on the mesh; specs as for `jax.shard_map`."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+    def replicate(self, tree: Tree) -> Tree:
+        """The same arrays on every device of the mesh."""
+        return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
     def key(self, purpose: int, *ids: int) -> jax.Array:
         key = device_key(self.seed, Stream.ATTACK)
@@ -59,6 +93,13 @@ class Attack:
         return key
 
 
+def suitable_devices() -> int:
+    """For an attack: two on a CPU that has them (`use_virtual_devices`), otherwise one."""
+    return min(PARTS, jax.device_count()) if on_cpu() else 1
+
+
+_AXES = Axes(("rows",))
+_ROWS, _STEPS_AND_ROWS = P(_AXES.rows), P(None, _AXES.rows)
 _INIT, _TRAIN, _VALIDATE, _TARGETS = range(4)  # purposes of keys
 _ORDER = 1  # of a host generator; 0 is for the choice of images
 
@@ -88,7 +129,7 @@ class _State(NamedTuple):
 
 
 class _Batches(NamedTuple):
-    """T batches of an epoch: ids (T, B) int32, mask (T, B) bool, keys (T,)."""
+    """T batches of an epoch: ids (T, B) int32, mask (T, B) bool, keys (T, PARTS)."""
 
     ids: jax.Array
     mask: jax.Array
@@ -112,8 +153,8 @@ def train_decoder(
     statistics in place of a batch's; the first of equals.
     Raises: DivergedError.
     """
-    state = _init(attack, participant, jnp.asarray(train_nHWC[:1]))
-    images, best = jnp.asarray(train_nHWC), None
+    participant, images = attack.replicate((participant, train_nHWC))
+    state, best = attack.replicate(_init(attack, participant, images[:1])), None
     for number in range(1, attack.epochs + 1):
         batches = _batches(attack, len(train_nHWC), number)
         state, train_mse = _train_epoch(attack, state, participant, images, batches)
@@ -136,18 +177,21 @@ def reconstruct(
     participant: Tree,
     images_nHWC: NDArray[np.uint8],
     purpose: int = _TARGETS,
-) -> Iterator[jax.Array]:
+) -> Iterator[NDArray[np.float32]]:
     """The decoder's answers to the latents of these images, batch by batch, in order.
 
     Args: purpose: of the keys that the latents are drawn with.
     Returns: pixels in [0, 1], (B, S, S, 3) float32; the last batch may be smaller.
     """
-    size = min(attack.batch_size, len(images_nHWC))
-    for index, start in enumerate(range(0, len(images_nHWC), size)):
+    variables, participant = attack.replicate((variables, participant))
+    count = len(images_nHWC)
+    size = -(-count // -(-count // attack.batch_size))  # of batches that are about equal
+    for index, start in enumerate(range(0, count, size)):
         batch = images_nHWC[start : start + size]
-        padding = [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)]
-        key = attack.key(purpose, index)
-        yield _answer(attack, variables, participant, np.pad(batch, padding), key)[: len(batch)]
+        padding = [(0, _rows(size) - len(batch)), (0, 0), (0, 0), (0, 0)]
+        keys = jax.random.split(attack.key(purpose, index), PARTS)
+        answers = _answer(attack, variables, participant, np.pad(batch, padding), keys)
+        yield np.asarray(answers)[: len(batch)]
 
 
 def evaluate(
@@ -168,15 +212,18 @@ def evaluate(
 def _batches(attack: Attack, images: int, epoch: int) -> _Batches:
     """All images once, in random order; padding at the end of the last batch."""
     size = min(attack.batch_size, images)
-    steps = -(-images // size)
+    steps, rows = -(-images // size), _rows(size)
+    ids, mask = np.zeros((steps, rows), np.int32), np.zeros((steps, rows), bool)
     order = host_rng(attack.seed, Stream.ATTACK, _ORDER, epoch).permutation(images)
-    ids = np.zeros(steps * size, np.int32)
-    ids[:images] = order
-    mask = np.arange(steps * size) < images
-    keys = jax.random.split(attack.key(_TRAIN, epoch), steps)
-    return _Batches(
-        jnp.asarray(ids.reshape(steps, size)), jnp.asarray(mask.reshape(steps, size)), keys
-    )
+    for step, batch in enumerate(np.split(order, range(size, images, size))):
+        ids[step, : len(batch)], mask[step, : len(batch)] = batch, True
+    keys = jax.random.split(attack.key(_TRAIN, epoch), (steps, PARTS))
+    return _Batches(jnp.asarray(ids), jnp.asarray(mask), keys)
+
+
+def _rows(size: int) -> int:
+    """Of the arrays that hold a batch of this size: equal parts."""
+    return -(-size // PARTS) * PARTS
 
 
 def _pixels(images: jax.Array) -> jax.Array:
@@ -188,7 +235,7 @@ def _pixels(images: jax.Array) -> jax.Array:
 def _init(attack: Attack, participant: Tree, image_1HWC: jax.Array) -> _State:
     """image_1HWC: any one, for its shape."""
     key = attack.key(_INIT)
-    shape = jax.eval_shape(attack.latents, participant, _pixels(image_1HWC), key)
+    shape = jax.eval_shape(attack.latents, participant, _pixels(image_1HWC), key[None])
     latents = jnp.zeros(shape.shape, shape.dtype)
     variables = attack.decoder.init(key, latents, jnp.ones(1, bool), False)
     return _State(variables, optax.adam(attack.learning_rate).init(variables["params"]))
@@ -199,8 +246,14 @@ def _train_epoch(
     attack: Attack, state: _State, participant: Tree, images: jax.Array, batches: _Batches
 ) -> tuple[_State, jax.Array]:
     """The state after all batches, and their mean squared error, () float32."""
-    step = partial(_train_step, attack, participant, images)
-    state, errors = jax.lax.scan(step, state, batches)
+
+    def steps(
+        state: _State, participant: Tree, images: jax.Array, batches: _Batches
+    ) -> tuple[_State, jax.Array]:
+        return jax.lax.scan(partial(_train_step, attack, participant, images), state, batches)
+
+    spread = attack.spread(steps, (P(), P(), P(), _STEPS_AND_ROWS), (P(), P()))
+    state, errors = spread(state, participant, images, batches)
     return state, errors.sum() / batches.mask.sum(dtype=jnp.float32)
 
 
@@ -210,27 +263,33 @@ def _train_step(
     """One step of Adam on a batch (without the axis T), and the sum of its images' errors."""
     originals = _pixels(images[batch.ids])
     latents = attack.latents(participant, originals, batch.keys)
+    count = _AXES.sum(batch.mask.sum(dtype=jnp.float32))
     params, rest = state.variables["params"], dict(state.variables)
     rest.pop("params")
 
     def loss(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Tree]]:
-        answers, updated = attack.decoder.apply(
+        answers, updated = attack.network.apply(
             {"params": params, **rest}, latents, batch.mask, True, mutable=list(rest)
         )
         errors = jnp.square(answers - originals).mean(axis=(1, 2, 3)).sum(where=batch.mask)
-        return errors / batch.mask.sum(dtype=jnp.float32), (errors, updated)
+        return errors / count, (errors, updated)
 
-    grads, (errors, updated) = jax.grad(loss, has_aux=True)(params)
+    own, (errors, updated) = jax.grad(loss, has_aux=True)(_AXES.vary(params))
     adam = optax.adam(attack.learning_rate)
-    params, opt_state = adam_update(adam, params, state.opt_state, grads)
-    return _State({"params": params, **updated}, opt_state), errors
+    params, opt_state = adam_update(adam, params, state.opt_state, _AXES.sum(own))
+    return _State({"params": params, **updated}, opt_state), _AXES.sum(errors)
 
 
 @partial(jax.jit, static_argnums=0)
 def _answer(
-    attack: Attack, variables: Tree, participant: Tree, images: jax.Array, key: jax.Array
+    attack: Attack, variables: Tree, participant: Tree, images: jax.Array, keys: jax.Array
 ) -> jax.Array:
     """The decoder in evaluation on the latents of images (B, S, S, 3) uint8."""
-    latents = attack.latents(participant, _pixels(images), key)
-    answers = attack.decoder.apply(variables, latents, jnp.ones(len(images), bool), False)
-    return cast(jax.Array, answers)
+
+    def answer(variables: Tree, participant: Tree, images: jax.Array, keys: jax.Array) -> jax.Array:
+        latents = attack.latents(participant, _pixels(images), keys)
+        rows = jnp.ones(len(images), bool)
+        return cast(jax.Array, attack.network.apply(variables, latents, rows, False))
+
+    spread = attack.spread(answer, (P(), P(), _ROWS, _ROWS), _ROWS)
+    return cast(jax.Array, spread(variables, participant, images, keys))

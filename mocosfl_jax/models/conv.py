@@ -170,16 +170,28 @@ def _input_gradient(stride: int, size_HW: tuple[int, int]) -> _Binary:
 def _kernel_gradient(stride: int, k: int) -> _Binary:
     pad = k // 2
 
+    def product(
+        a: jax.Array, b: jax.Array, pads: list[tuple[int, int]], dilation: int = 1
+    ) -> jax.Array:
+        """Sums over images and pixels: channels of `a` by offset by channels of `b`."""
+        a_AHWN, b_HWNB = a.transpose(3, 1, 2, 0), b.transpose(1, 2, 0, 3)
+        return _convolve(a_AHWN, b_HWNB, (1, 1), pads, rhs_dilation=(dilation, dilation))
+
     def whole(x: jax.Array, g: jax.Array) -> jax.Array:
+        if g.shape[3] < x.shape[3]:  # with few channels in the last place it is many times slower
+            apart = _apart(g, stride, x.shape[1:3])
+            return jnp.flip(product(apart, x, [(pad, pad)] * 2).transpose(1, 2, 3, 0), (0, 1))
         sizes = zip(x.shape[1:3], g.shape[1:3], strict=True)
         pads = [(pad, k + (m - 1) * stride - n - pad) for n, m in sizes]
-        x_IHWB, g_HWBO = x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
-        product = _convolve(x_IHWB, g_HWBO, (1, 1), pads, rhs_dilation=(stride, stride))
-        return product.transpose(1, 2, 0, 3)
+        return product(x, g, pads, stride).transpose(1, 2, 0, 3)
 
     def one(x: jax.Array, g: jax.Array) -> jax.Array:
         if k == 1:
-            total = _einsum("bhwijk,bhwo->ijko", _patches(x, 1, stride), g)
+            x = x[:, ::stride, ::stride]
+            if g.shape[3] < x.shape[3]:  # the first factor is transposed, which takes time
+                total = _einsum("bhwo,bhwi->oi", g, x).T[None, None]
+            else:
+                total = _einsum("bhwi,bhwo->io", x, g)[None, None]
         elif _suits_winograd(
             x, (k, k, x.shape[3], g.shape[3]), stride, _WINOGRAD_GRADIENT_CHANNELS
         ):
@@ -194,6 +206,13 @@ def _kernel_gradient(stride: int, k: int) -> _Binary:
         return _einsum("cbhwijk,cbhwo->cijko", _patches(x, k, stride), g).astype(x.dtype)
 
     return _batchable(one, clients, folds=False)
+
+
+def _apart(g: jax.Array, stride: int, size_HW: Sequence[int]) -> jax.Array:
+    """The gradient of the outputs that stride 1 would give, of which the others are not used."""
+    sizes = zip(size_HW, g.shape[1:3], strict=True)
+    rows_columns = [(0, n - (m - 1) * stride - 1, stride - 1) for n, m in sizes]
+    return lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *rows_columns, (0, 0, 0)])
 
 
 def _suits_winograd(

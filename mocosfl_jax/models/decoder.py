@@ -85,6 +85,7 @@ class Decoder(nn.Module):
         number that divides the channels, and weight-standardised convolutions, transposed ones
         excepted.
       kernel_init, bias_init: of all convolutions, both from the shape of the kernel.
+      row_axes: mesh axes over which the rows of a batch are spread, for a BatchNorm.
     """
 
     shape: DecoderShape
@@ -92,6 +93,7 @@ class Decoder(nn.Module):
     norm: Literal["batch", "group"] = "batch"
     kernel_init: Init = fan_in_uniform
     bias_init: Init = fan_in_uniform_bias
+    row_axes: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, latents_BHWC: jax.Array, mask_B: jax.Array, train: bool) -> jax.Array:
@@ -103,7 +105,7 @@ class Decoder(nn.Module):
           train: whether a BatchNorm takes those of the batch; then `batch_stats` is mutable.
         Raises: ValueError: the latents cannot be doubled up to the image.
         """
-        style = _Style(self.norm, self.kernel_init, self.bias_init)
+        style = _Style(self.norm, self.kernel_init, self.bias_init, self.row_axes)
         rows = _Rows(mask_B, train)
         doubled = doublings(latents_BHWC.shape[1], self.image_size)
         between = _Block if self.shape.kind == "res_norm" else _Plain
@@ -121,6 +123,7 @@ class _Style(NamedTuple):
     norm: str
     kernel_init: Init
     bias_init: Init
+    row_axes: tuple[str, ...]
 
 
 class _Rows(NamedTuple):
@@ -184,7 +187,7 @@ class _Convolution(nn.Module):
 
 def _norm(style: _Style, x: jax.Array, rows: _Rows, name: str) -> jax.Array:
     if style.norm == "batch":
-        return MaskedBatchNorm(name=name)(x, rows.mask_B, rows.train)
+        return MaskedBatchNorm(style.row_axes, name=name)(x, rows.mask_B, rows.train)
     channels = x.shape[-1]
     groups = max(n for n in range(1, max(1, channels // 4) + 1) if channels % n == 0)
     return nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False, name=name)(x)

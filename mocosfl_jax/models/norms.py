@@ -43,10 +43,10 @@ class MaskedBatchNorm(nn.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Number () of values of a feature that count on all devices, their mean (F,) and biased
         variance (F,)."""
-        mask = mask_R.reshape(-1, *[1] * (x_RF.ndim - 1))
 
         def total(x_RF: jax.Array) -> jax.Array:
-            summed = jnp.sum(x_RF, axis=tuple(range(x_RF.ndim - 1)), where=mask)
+            rows_RF = jnp.sum(x_RF, axis=tuple(range(1, x_RF.ndim - 1)))  # without a masked copy
+            summed = jnp.sum(rows_RF, axis=0, where=mask_R[:, None])
             return jax.lax.psum(summed, self.row_axes) if self.row_axes else summed
 
         count = jnp.maximum(total(jnp.ones_like(x_RF[..., :1]))[0], 1)

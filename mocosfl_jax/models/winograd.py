@@ -60,8 +60,10 @@ OUTPUT = np.array(
 TILE = OUTPUT.shape[1]
 """Rows of the output that are computed together; the last ones may be cut off."""
 
-# Values of images that are convolved at once; buffers take about four times as many.
-_GROUP_VALUES = 2**21
+# Values of images that are convolved at once: what lies between the steps then stays in the cache.
+# A loop over groups also writes its result once; without one each operation that reads it repeats
+# the last sum, in the forward and in the backward pass.
+_GROUP_VALUES = 2**17
 
 # Output channels from which the six products of a convolution run in a loop. It compiles in half of
 # the time, but copies what each product reads, which takes too long where channels are few.
