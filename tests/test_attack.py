@@ -131,6 +131,12 @@ def test_an_attack_from_end_to_end(run, saved, capsys):
     np.testing.assert_allclose(picture[8:], lower, atol=0.51)
 
 
+def test_it_asks_for_two_devices(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "use_virtual_devices", asked.append)
+    assert attack(run) == 0 and asked == [2]
+
+
 def test_killed_and_repeated(run, monkeypatch, capsys):
     """It ends as if it had not been; a finished one answers at once."""
     with monkeypatch.context() as patch:

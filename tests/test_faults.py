@@ -154,19 +154,20 @@ def test_files_that_cannot_grow(npz, whole, tmp_path):
 
 @pytest.mark.parametrize("at_wait", [False, True])
 @pytest.mark.parametrize("at_close", [False, True])
-def test_a_save_that_failed_is_told_once(at_wait, at_close, tmp_path):
+@pytest.mark.parametrize("acts", [("wait", "close"), ("close",)])
+def test_a_save_that_failed_is_told_once(at_wait, at_close, acts, tmp_path):
     """Orbax raises again for each file that failed, the last time when it is closed."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1, Identity(None, ""))
     manager = checkpoints._manager
     checkpoints._manager = Failing(manager, at_wait, at_close)
     told = []
-    for act in (checkpoints.wait, checkpoints.close):
+    for act in acts:
         try:
-            act()
+            getattr(checkpoints, act)()
         except StorageError as error:
-            told.append(f"{act.__name__}: {error.path.name}: {error.reason}")
+            told.append((act, error.path.name, error.reason))
     manager.close()
-    first, second = "wait: checkpoints: first", "close: checkpoints: second"
+    first, second = (acts[0], "checkpoints", "first"), ("close", "checkpoints", "second")
     assert told == ([first] if at_wait else [second] if at_close else [])
 
 

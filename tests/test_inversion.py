@@ -92,6 +92,12 @@ def test_two_devices_draw_the_noise_of_one():
     assert len(np.unique(answers.reshape(32, -1), axis=0)) == 32
 
 
+def test_two_devices_are_for_a_cpu_that_has_them(monkeypatch):
+    assert inversion.suitable_devices() == 2 < jax.device_count()
+    monkeypatch.setattr(inversion, "on_cpu", lambda: False)
+    assert inversion.suitable_devices() == 1
+
+
 def only(variables: dict, name: str) -> list:
     """The leaves of this name. A norm takes away the bias before it, which Adam then moves by the
     sign of rounding errors."""

@@ -185,7 +185,7 @@ def reconstruct(
     """
     variables, participant = attack.replicate((variables, participant))
     count = len(images_nHWC)
-    size = -(-count // -(-count // attack.batch_size))  # of batches that are about equal
+    size = -(-count // -(-count // attack.batch_size))  # of all batches but the last, about equal
     for index, start in enumerate(range(0, count, size)):
         batch = images_nHWC[start : start + size]
         padding = [(0, _rows(size) - len(batch)), (0, 0), (0, 0), (0, 0)]

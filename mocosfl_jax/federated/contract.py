@@ -225,6 +225,8 @@ class Method(Protocol):
     def sent(self, participant: Tree, images: jax.Array, key: jax.Array) -> jax.Array | None:
         """The latents that a participant sends of its images in a step; None: it sends none.
 
+        An attack calls it within `shard_map`, with part of its batch on each device.
+
         Args: images: normalised, (B, S, S, 3) float32. key: for what is random in them.
         """
 

@@ -178,26 +178,25 @@ def _kernel_gradient(stride: int, k: int) -> _Binary:
         return _convolve(a_AHWN, b_HWNB, (1, 1), pads, rhs_dilation=(dilation, dilation))
 
     def whole(x: jax.Array, g: jax.Array) -> jax.Array:
-        if g.shape[3] < x.shape[3]:  # with few channels in the last place it is many times slower
-            apart = _apart(g, stride, x.shape[1:3])
-            return jnp.flip(product(apart, x, [(pad, pad)] * 2).transpose(1, 2, 3, 0), (0, 1))
         sizes = zip(x.shape[1:3], g.shape[1:3], strict=True)
         pads = [(pad, k + (m - 1) * stride - n - pad) for n, m in sizes]
         return product(x, g, pads, stride).transpose(1, 2, 0, 3)
 
+    def swapped(x: jax.Array, g: jax.Array) -> jax.Array:
+        """The same with few channels in the first place; in the last they take many times as long
+        on a CPU."""
+        apart = _apart(g, stride, x.shape[1:3])
+        return jnp.flip(product(apart, x, [(pad, pad)] * 2).transpose(1, 2, 3, 0), (0, 1))
+
     def one(x: jax.Array, g: jax.Array) -> jax.Array:
+        inputs, outputs = x.shape[3], g.shape[3]
         if k == 1:
-            x = x[:, ::stride, ::stride]
-            if g.shape[3] < x.shape[3]:  # the first factor is transposed, which takes time
-                total = _einsum("bhwo,bhwi->oi", g, x).T[None, None]
-            else:
-                total = _einsum("bhwi,bhwo->io", x, g)[None, None]
-        elif _suits_winograd(
-            x, (k, k, x.shape[3], g.shape[3]), stride, _WINOGRAD_GRADIENT_CHANNELS
-        ):
+            total = _pointwise_gradient(x[:, ::stride, ::stride], g)
+        elif _suits_winograd(x, (k, k, inputs, outputs), stride, _WINOGRAD_GRADIENT_CHANNELS):
             total = _sum_over_chunks(winograd.kernel_gradient, x, g, _WINOGRAD_CHUNK_PIXELS)
         elif on_cpu():
-            total = _sum_over_chunks(whole, x, g, _CHUNK_PIXELS)
+            few = outputs * stride**2 < inputs  # with the multiplications that `_apart` adds
+            total = _sum_over_chunks(swapped if few else whole, x, g, _CHUNK_PIXELS)
         else:
             total = whole(x, g)
         return total.astype(x.dtype)
@@ -206,6 +205,13 @@ def _kernel_gradient(stride: int, k: int) -> _Binary:
         return _einsum("cbhwijk,cbhwo->cijko", _patches(x, k, stride), g).astype(x.dtype)
 
     return _batchable(one, clients, folds=False)
+
+
+def _pointwise_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
+    """Gradient of a 1x1 kernel. A CPU copies the first factor of the product transposed."""
+    if on_cpu() and 16 * g.shape[3] <= x.shape[3]:
+        return _einsum("bhwo,bhwi->oi", g, x).T[None, None]
+    return _einsum("bhwi,bhwo->io", x, g)[None, None]
 
 
 def _apart(g: jax.Array, stride: int, size_HW: Sequence[int]) -> jax.Array:

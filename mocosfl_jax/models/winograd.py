@@ -60,9 +60,9 @@ OUTPUT = np.array(
 TILE = OUTPUT.shape[1]
 """Rows of the output that are computed together; the last ones may be cut off."""
 
-# Values of images that are convolved at once: what lies between the steps then stays in the cache.
-# A loop over groups also writes its result once; without one each operation that reads it repeats
-# the last sum, in the forward and in the backward pass.
+# Values of images that are convolved at once, or as many as the kernel has: what lies between the
+# steps then stays in the cache. A loop over groups also writes its result once; without one each
+# operation that reads it repeats the last sum, in the forward and in the backward pass.
 _GROUP_VALUES = 2**17
 
 # Output channels from which the six products of a convolution run in a loop. It compiles in half of
@@ -83,12 +83,14 @@ def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Args: x: (B, H, W, I) float32. kernel: (3, 3, I, O) float32.
     Returns: (B, H, W, O).
     """
-    images = largest_divisor(len(x), _GROUP_VALUES // math.prod(x.shape[1:]))
-    if images == len(x):
+    most = max(_GROUP_VALUES, kernel.size) // math.prod(x.shape[1:])
+    groups = -(-len(x) // max(1, most))
+    if groups == 1:
         return convolve_group(x, kernel)
-    groups = x.reshape(-1, images, *x.shape[1:])
-    y = lax.map(lambda x: convolve_group(x, kernel), groups)
-    return y.reshape(-1, *y.shape[2:])
+    images = -(-len(x) // groups)
+    padded = jnp.pad(x, [(0, groups * images - len(x)), (0, 0), (0, 0), (0, 0)])
+    y = lax.map(lambda x: convolve_group(x, kernel), padded.reshape(groups, images, *x.shape[1:]))
+    return y.reshape(-1, *y.shape[2:])[: len(x)]
 
 
 @jax.jit

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -338,7 +338,7 @@ class Checkpoints:
         if jax.process_count() == 1:
             self._starting = self._thread.submit(self._start, step, state, seconds)
             return
-        with writing(self._folder, Exception):
+        with self._telling():
             self._start(step, state, seconds)
 
     def wait(self) -> None:
@@ -347,24 +347,30 @@ class Checkpoints:
         Raises: StorageError.
         """
         starting, self._starting = self._starting, None
-        try:
-            with writing(self._folder, Exception):
-                if starting is not None:
-                    starting.result()
-                self._manager.wait_until_finished()
-        except StorageError:
-            self._told = True
-            raise
+        with self._telling():
+            if starting is not None:
+                starting.result()
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Raises: StorageError: the last save failed, and nobody has been told yet."""
-        repeated = (Exception,) if self._told else ()  # Orbax raises once a file that failed
+        repeated = (Exception,) if self._told else ()  # Orbax raises once for each file that failed
         with contextlib.suppress(*repeated), writing(self._folder, Exception):
             try:
                 self.wait()
             finally:
                 self._thread.shutdown()
                 self._manager.close()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Raises: StorageError: whatever fails within; `close` then tells no more."""
+        try:
+            with writing(self._folder, Exception):
+                yield
+        except StorageError:
+            self._told = True
+            raise
 
     def _start(self, step: int, state: Any, clock: dict[str, Any]) -> None:
         seal = {"layout": LAYOUT, "digest": digest(state, clock), **self._identity.to_json()}

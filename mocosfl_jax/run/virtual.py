@@ -1,8 +1,8 @@
-"""Two virtual devices for a run on a CPU.
+"""Two virtual devices for a run, or an attack, on a CPU.
 
 XLA runs the operations of a program one after the other, and many leave a core idle. Two devices,
 with half of the clients each, share the same cores and fill them: a step of ResNet-18 takes three
-quarters of the time (docs/results/step.md).
+quarters of the time (docs/results/step.md). An attack spreads the images of a batch.
 """
 
 import dataclasses
