@@ -183,10 +183,9 @@ def _kernel_gradient(stride: int, k: int) -> _Binary:
         return product(x, g, pads, stride).transpose(1, 2, 0, 3)
 
     def swapped(x: jax.Array, g: jax.Array) -> jax.Array:
-        """The same with few channels in the first place; in the last they take many times as long
-        on a CPU."""
-        apart = _apart(g, stride, x.shape[1:3])
-        return jnp.flip(product(apart, x, [(pad, pad)] * 2).transpose(1, 2, 3, 0), (0, 1))
+        """The same for stride 1, with the channels of the output in the first place: in the last
+        one, few of them take many times as long on a CPU."""
+        return jnp.flip(product(g, x, [(pad, pad)] * 2).transpose(1, 2, 3, 0), (0, 1))
 
     def one(x: jax.Array, g: jax.Array) -> jax.Array:
         inputs, outputs = x.shape[3], g.shape[3]
@@ -195,7 +194,7 @@ def _kernel_gradient(stride: int, k: int) -> _Binary:
         elif _suits_winograd(x, (k, k, inputs, outputs), stride, _WINOGRAD_GRADIENT_CHANNELS):
             total = _sum_over_chunks(winograd.kernel_gradient, x, g, _WINOGRAD_CHUNK_PIXELS)
         elif on_cpu():
-            few = outputs * stride**2 < inputs  # with the multiplications that `_apart` adds
+            few = stride == 1 and outputs < inputs
             total = _sum_over_chunks(swapped if few else whole, x, g, _CHUNK_PIXELS)
         else:
             total = whole(x, g)
@@ -212,13 +211,6 @@ def _pointwise_gradient(x: jax.Array, g: jax.Array) -> jax.Array:
     if on_cpu() and 16 * g.shape[3] <= x.shape[3]:
         return _einsum("bhwo,bhwi->oi", g, x).T[None, None]
     return _einsum("bhwi,bhwo->io", x, g)[None, None]
-
-
-def _apart(g: jax.Array, stride: int, size_HW: Sequence[int]) -> jax.Array:
-    """The gradient of the outputs that stride 1 would give, of which the others are not used."""
-    sizes = zip(size_HW, g.shape[1:3], strict=True)
-    rows_columns = [(0, n - (m - 1) * stride - 1, stride - 1) for n, m in sizes]
-    return lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *rows_columns, (0, 0, 0)])
 
 
 def _suits_winograd(
