@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -171,6 +172,32 @@ def test_batch_norm_of_images():
     new = updated["batch_stats"]
     np.testing.assert_allclose(new["mean"], 0.9 * stats["mean"] + 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(new["var"], 0.9 * stats["var"] + 0.1 * unbiased, rtol=1e-5)
+
+
+def test_what_masked_images_hold_does_not_matter():
+    """Neither in what is computed of the other rows nor in the gradients; statistics also hold
+    where it is NaN."""
+    rng = np.random.default_rng(8)
+    x, mask = jnp.asarray(rng.normal(size=(4, 2, 5, 3)), jnp.float32), np.arange(4) != 2
+    module = MaskedBatchNorm()
+    variables = module.init(jax.random.key(0), x, mask, False)
+    weights = jnp.asarray(rng.normal(size=x[mask].shape), jnp.float32)
+
+    def loss(params, x, mask):
+        found, updated = module.apply(
+            variables | {"params": params}, x, mask, True, mutable=["batch_stats"]
+        )
+        return (found[np.flatnonzero(mask)] * weights).sum(), updated
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (want, want_stats), (want_params, want_x) = gradient(variables["params"], x[mask], mask[mask])
+    other, with_nan = x.at[2].set(1e4), x.at[2].set(jnp.nan)
+    (found, stats), (params, grads) = gradient(variables["params"], other, mask)
+    chex.assert_trees_all_close(
+        (found, stats, params, grads[mask]), (want, want_stats, want_params, want_x), atol=1e-5
+    )
+    nan_found, nan_stats = loss(variables["params"], with_nan, mask)
+    chex.assert_trees_all_close((nan_found, nan_stats), (want, want_stats), atol=1e-5)
 
 
 def test_a_batch_without_rows_is_finite():
