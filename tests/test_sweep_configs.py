@@ -50,3 +50,18 @@ def test_all_of_the_comparison_see_as_many_images():
         assert cohort == (5 if config.num_clients == 20 else config.num_clients), name
         assert images == (20 if config.method == "local" else 100 // cohort), name
         assert (cohort * images * config.steps_per_round, config.rounds) == (10_000, 10), name
+
+
+def test_every_baseline_is_run_on_the_procedural_set():
+    runs = runs_of("baselines")
+    assert {run.base for run in runs.values()} == {
+        str(path.relative_to(ROOT)) for path in (ROOT / "configs" / "baselines").glob("*.py")
+    }
+    for run in runs.values():
+        config = settled(run)
+        assert (config.dataset, config.num_clients, config.classes_per_client) == (
+            "synthetic",
+            5,
+            2,
+        )
+        assert config.total_steps == 500
