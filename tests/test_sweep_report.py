@@ -10,6 +10,7 @@ import pytest
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.sweep.command import main
 from mocosfl_jax.sweep.folder import SweepFolder
+from mocosfl_jax.sweep.plots import plot
 from mocosfl_jax.sweep.report import Cell, tabulate, write_report
 from tests.tiny_sweep import (
     FAKE,
@@ -226,3 +227,24 @@ def test_numbers_on_other_data_sets(tmp_path):
     assert rows["B,num_clients=9,seed=0"][name] == ""
     with pytest.raises(InputError, match=r"'transfer/svhn/steps': transfer/NAME/one of linear_to"):
         write_report(folder, "num_clients", ["transfer/svhn/steps"])
+
+
+def test_long_names_fit_into_the_plot(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    kept, savefig = [], Figure.savefig
+
+    def keep(figure, path):
+        savefig(figure, path)
+        kept.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    records = finished_sweep(tmp_path).records()
+    metrics = ("transfer/the other data set/semi_10_top1", "knn_top1")
+    plot(tabulate(records, "num_clients", metrics), 20.0, tmp_path / "plot.png")
+    (figure,) = kept
+    (legend,) = figure.legends
+    for text in (*legend.get_texts(), *(axes.yaxis.label for axes in figure.axes)):
+        box = text.get_window_extent()
+        assert figure.bbox.count_contains(box.corners()) == 4, text.get_text()
+    assert [text.get_text() for text in legend.get_texts()] == ["A", "B", "at the start"]

@@ -3,7 +3,7 @@
 import math
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mocosfl_jax.evaluation.numbers import number_of
@@ -11,10 +11,15 @@ from mocosfl_jax.sweep.checks import METRICS
 from mocosfl_jax.sweep.table import Cell, Table
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MARKERS = "osD^vPX"
 """Of the points of a scatter plot: each marker comes in all ten colours before the next one."""
+
+_AT_START = "at the start"
+"""Label of the line that shows what the untrained networks had."""
 
 
 def plot(table: Table, at_start: float | None, path: os.PathLike[str]) -> None:
@@ -29,7 +34,7 @@ def plot(table: Table, at_start: float | None, path: os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
 
     panels, by_row = len(table.metrics), table.field == METRICS
-    size = (2 + 2.4 * panels, 1.2 + 0.3 * len(table.rows)) if by_row else (4.8 * panels, 3.6)
+    size = (2 + 2.4 * panels, 1.2 + 0.3 * len(table.rows)) if by_row else (4.2 * panels + 2, 3.6)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     every = figure.subplots(1, panels, sharey=by_row, squeeze=False)[0]
     for axes, metric in zip(every, table.metrics, strict=True):
@@ -37,6 +42,7 @@ def plot(table: Table, at_start: float | None, path: os.PathLike[str]) -> None:
         (_draw_points if by_row else _draw_lines)(axes, table, metric, at_init)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    _add_legend(figure, every)
     figure.savefig(path)
 
 
@@ -87,12 +93,10 @@ def _draw_lines(axes: "Axes", table: Table, metric: str, at_start: float | None)
     axes.set_xticks(list(x_of.values()), [str(value) for value in x_of])
     axes.minorticks_off()
     axes.set_xlabel(table.field_label)
-    axes.set_ylabel(number_of(metric).title)
+    axes.set_ylabel(textwrap.fill(number_of(metric).title, 34))
     if at_start is not None:
-        axes.axhline(at_start, color="grey", linestyle=":", label="at the start")
+        axes.axhline(at_start, color="grey", linestyle=":", label=_AT_START)
     _widen(axes, None, metric)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False)
 
 
 def _draw(axes: "Axes", cells: dict[Any, Cell], label: str) -> None:
@@ -113,9 +117,20 @@ def _draw_points(axes: "Axes", table: Table, metric: str, at_start: float | None
     axes.set_ylim(len(table.rows) - 0.5, -0.5)
     axes.set_xlabel(textwrap.fill(number_of(metric).title, 22))
     if at_start is not None:
-        axes.axvline(at_start, color="grey", linestyle=":", label="at the start")
-        axes.legend(frameon=False)
+        axes.axvline(at_start, color="grey", linestyle=":", label=_AT_START)
     _widen(axes, metric, None)
+
+
+def _add_legend(figure: "Figure", every: Iterable["Axes"]) -> None:
+    """One for all panels, beside them, if there is more to tell apart than one row."""
+    shown: dict[str, Artist] = {}
+    for axes in every:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    labels = sorted(shown, key=lambda label: label == _AT_START)  # last
+    if len(labels) > 1 or _AT_START in labels:
+        handles = [shown[label] for label in labels]
+        figure.legend(handles, labels, loc="outside right upper", frameon=False)
 
 
 def _points(table: Table) -> Iterator[tuple[str, Cell, Cell]]:
