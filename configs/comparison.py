@@ -12,14 +12,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mocosfl_jax.config import default_config
+from mocosfl_jax.errors import InputError
 
 NORMALISED = {"head": "largeV2", "head_width": 128}
-"""Head, and predictor, with BatchNorm; twice as wide inside."""
+"""Head, and predictor if there is one, with BatchNorm; twice as wide inside."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "MocoSFL-1": {"cut": 1, "queue_length": 2000},
     "MocoSFL-3 aligned": {"cut": 2, "align_momentum": True, "queue_length": 2000},
     "FL-MoCo": {"local": {"objective": "moco"}, "queue_length": 2000},
+    # As in configs/baselines/fl_moco.py.
+    "FL-MoCo, BatchNorm": {"local": {"objective": "moco"}, "queue_length": 2000, **NORMALISED},
     "FL-SimCLR": {"local": {"objective": "simclr"}},
     "FL-SimSiam": {"local": {"objective": "simsiam"}, **NORMALISED},
     "FL-BYOL": {"local": {"objective": "byol"}, **NORMALISED},
@@ -47,7 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def get_config(method: str) -> ConfigDict:
+def get_config(method: str = "") -> ConfigDict:
+    if method not in METHODS:
+        raise InputError("method", method, f"one of {', '.join(map(repr, METHODS))} is needed")
     fields = METHODS[method]
     config = default_config("local" if "local" in fields else "mocosfl")
     config.dataset = "cifar10"

@@ -235,6 +235,7 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
     import jax
 
     from mocosfl_jax.config.data import deal
+    from mocosfl_jax.config.fields import METHOD_FIELDS
     from mocosfl_jax.config.recipe import find_recipe
     from mocosfl_jax.config.rich import draw_of, rich_of
     from mocosfl_jax.config.stored import flat_fields, to_json
@@ -242,9 +243,16 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
     from mocosfl_jax.run.feed import most_draws
     from mocosfl_jax.run.plan import estimate_memory, plan
 
+    recipe = find_recipe(config.method)
+    unread = METHOD_FIELDS - recipe.reads
     for name, value in flat_fields(to_json(config)).items():
-        print(f"{name}: {value}")
+        if name not in unread:
+            print(f"{name}: {value}")
     sizes = plan(config)
+    parameters = f"parameters: {sizes.client_params + sizes.server_params:,}"
+    if "cut" in recipe.reads:
+        parameters = f"client parameters: {sizes.client_params:,}\n"
+        parameters += f"server parameters: {sizes.server_params:,}"
     memory = estimate_memory(config, prepared.info, sizes)
     on_device = (
         f"{memory.device / 1e9:.2f} GB on the device, {memory.host / 1e9:.2f} GB on the host"
@@ -265,7 +273,7 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
         up, down = sizes.bytes_up_per_rich_client_round, sizes.bytes_down_per_rich_client_round
         once += f"\nsent by a rich client in a round: {up / 1e6:.2f} MB"
         once += f"\nreceived by a rich client in a round: {down / 1e6:.2f} MB"
-    facts = find_recipe(config.method).facts(
+    facts = recipe.facts(
         config, lambda: most_draws(config, prepared.info, deal(config, prepared)[1])
     )
     print(
@@ -273,8 +281,7 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
 cohort C = {config.cohort_size}, images a client a step B = {config.batch_size}{mixed}{of_rich}
 rounds: {config.rounds}, steps a round: {config.steps_per_round}, steps: {config.total_steps}
 syncs a round: {syncs}, one every {config.steps_per_round / syncs:g} steps
-client parameters: {sizes.client_params:,}
-server parameters: {sizes.server_params:,}
+{parameters}
 sent by a client in a round: {sizes.bytes_up_per_client_round / 1e6:.2f} MB
 received by a client in a round: {sizes.bytes_down_per_client_round / 1e6:.2f} MB{once}
 estimated memory: {one_memory if jax.default_backend() == "cpu" else on_device}"""

@@ -152,7 +152,9 @@ def test_another_family_is_one_line_of_the_table(stems):
 
 @pytest.mark.parametrize("field, value", [("blocks_per_stage", (1, 1)), ("stem", "3x3s1")])
 def test_a_field_that_the_family_does_not_read_is_refused(stems, field, value):
-    with pytest.raises(NetworkError, match="backbone 'stems' does not read it: unset") as error:
+    with pytest.raises(
+        NetworkError, match="backbone 'stems' does not read it: leave it unset"
+    ) as error:
         check_network(Network(stems, 8, **{field: value}), cut=1)
     assert error.value.field == field
 

@@ -180,7 +180,11 @@ def test_a_baseline_has_the_published_setting(name):
             "config.client_state = 'stateless': 'fedema' needs what a client kept of its last",
         ),
         ("fl_byol", {"temperature": 0.1}, "config.temperature = 0.1: objective 'byol' does not re"),
-        ("fl_simclr", {"ema": 0.9}, "config.ema = 0.9: objective 'simclr' does not read it: unset"),
+        (
+            "fl_simclr",
+            {"ema": 0.9},
+            "config.ema = 0.9: objective 'simclr' does not read it: leave it unset",
+        ),
         ("fl_byol", {"queue_length": 9}, "config.queue_length = 9: objective 'byol' does not read"),
         ("fl_moco", {"batch_size": 9}, "config.queue_length = 16: a client brings 18 keys a step:"),
         ("fl_moco", {"syncs_per_round": 2}, "config.syncs_per_round = 2: method 'local' does not"),
@@ -194,6 +198,19 @@ def test_bad_input_is_refused_in_one_line(name, fields, words, npz, tmp_path, ca
     assert main(command(name, tmp_path / "run", npz, "--dry_run", **fields)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_a_dry_run_leaves_out_what_is_not_read(npz, tmp_path, capsys, whole):
+    """Clients train the whole network: there is no cut, and no server's share of the parameters."""
+    folder = whole("fl_moco")
+    capsys.readouterr()
+    assert main(command("fl_moco", tmp_path / "run", npz, "--dry_run")) == 0
+    out = capsys.readouterr().out.splitlines()
+    names = [line.partition(":")[0] for line in out]
+    assert "queue_length" in names
+    assert not {"cut", "loss", "client parameters", "server parameters"} & set(names)
+    counted = sum(x.size for x in jax.tree.leaves(saved_state(folder).server.model.params))
+    assert f"parameters: {counted:,}" in out
 
 
 def test_supervised_training_needs_labels(tmp_path, capsys):

@@ -9,6 +9,7 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.main import main
 from mocosfl_jax.run.commandline import define_flags, parse
 from tests.test_recipe import Toy
+from tests.test_train import ROOT
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.py")
 
@@ -99,6 +100,14 @@ def test_a_config_file_that_fails_is_named_with_its_reason(
     line = refused(capsys, "--config", str(path), *overrides)
     assert line.startswith(f"mocosfl_jax: --config = '{path}': ")
     assert words in line
+
+
+def test_a_config_file_may_refuse_its_argument(capsys):
+    path = str(ROOT / "configs" / "comparison.py")
+    for argument, method in ((":FL-Foo", "FL-Foo"), ("", "")):
+        line = refused(capsys, f"--config={path}{argument}")
+        says = f"--config = '{path}{argument}': method = '{method}': one of 'MocoSFL-1', "
+        assert line.startswith(f"mocosfl_jax: {says}")
 
 
 def test_a_config_file_that_is_no_text_file_is_named(capsys, tmp_path):

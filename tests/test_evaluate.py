@@ -266,8 +266,8 @@ def test_a_signal_ends_it_with_nothing_written(run, monkeypatch, capfd, number):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--protocols=knn,mlp"], "--protocols = 'mlp': one or several of knn,linear,semi_sup"),
-        (["--protocols="], "--protocols = '': one or several"),
+        (["--protocols=knn,mlp"], "--protocols = 'mlp': one or more of knn,linear,semi_sup"),
+        (["--protocols="], "--protocols = '': one or more"),
         (["--dataset=npz:/nowhere.npz"], "/nowhere.npz"),
         (["--dataset=cifar11"], "--dataset = 'cifar11': "),
         (["--dataset=npz:OTHER", "--train_split=train"], "--train_split = 'train': npz:"),

@@ -97,7 +97,7 @@ def test_a_field_that_the_method_does_not_read_cannot_be_set(value):
     name, set_to = value
     with pytest.raises(InputError) as error:
         toy_config(**{name: set_to})
-    does_not = f"method '{NAME}' does not read it: unset"
+    does_not = f"method '{NAME}' does not read it: leave it unset"
     assert str(error.value) == f"config.{name} = {set_to!r}: {does_not}"
 
 

@@ -236,7 +236,7 @@ def test_a_dry_run_shows_them(sweep, capsys):
         (
             "commands",
             ("mocosfl_jax.evaluate --protocols=knm",),
-            "--protocols = 'knm': one or several of knn",
+            "--protocols = 'knm': one or more of knn",
         ),
         ("fixed.init_from", "nowhere", "config.init_from = 'nowhere': nowhere is missing: a run"),
         ("more_commands", ({"cut": (1,), "commands": (A,)},), "config.more_commands"),

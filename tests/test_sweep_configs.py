@@ -43,7 +43,7 @@ def settled(run: Run) -> Resolved:
 
 def test_all_of_the_comparison_see_as_many_images():
     runs = runs_of("comparison")
-    assert len(runs) == 18
+    assert len(runs) == 21
     for name, run in runs.items():
         config = settled(run)
         cohort, images = config.cohort_size, config.images_a_step
@@ -64,4 +64,4 @@ def test_every_baseline_is_run_on_the_procedural_set():
             5,
             2,
         )
-        assert config.total_steps == 500
+        assert (config.total_steps, config.images_a_step) == (400, 20)

@@ -1,6 +1,7 @@
 """The report of a sweep: table, long form and plot."""
 
 import csv
+import itertools
 import json
 import signal
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.sweep.checks import METRICS
 from mocosfl_jax.sweep.command import main
 from mocosfl_jax.sweep.folder import SweepFolder
 from mocosfl_jax.sweep.plots import plot
 from mocosfl_jax.sweep.report import Cell, tabulate, write_report
+from mocosfl_jax.sweep.table import Table
 from tests.tiny_sweep import (
     FAKE,
     SWEEP,
@@ -103,6 +106,19 @@ def test_a_report_before_any_run_is_finished(tmp_path, capsys):
     assert main(["sweep", "--workdir", str(tmp_path), "--report"]) == 0
     assert "6 runs: 0 finished, 6 unfinished." in capsys.readouterr().out
     assert (tmp_path / "report.png").exists()
+
+
+def test_a_damaged_summary_is_told_beside_the_others(tmp_path, capsys):
+    folder = finished_sweep(tmp_path)
+    path = folder.run_path("B,num_clients=9,seed=0") / "summary.json"
+    path.write_text(path.read_text()[:30])
+    assert main(["sweep", "--workdir", str(tmp_path), "--report"]) == 0
+    out = capsys.readouterr().out
+    assert "6 runs: 3 finished, 3 unfinished." in out
+    assert "| A | linear probe, top-1 % | 51.50 ± 2.12 (2) | 60.00 (1 of 2) |" in out
+    (line,) = (line for line in out.splitlines() if line.startswith("- B,num_clients=9,seed=0: "))
+    assert f"{path} = 'unreadable': JSON is needed" in line
+    assert line.endswith("; move it away, and the run's own command makes it again")
 
 
 def test_the_long_form_has_a_row_a_run(tmp_path):
@@ -229,7 +245,9 @@ def test_numbers_on_other_data_sets(tmp_path):
         write_report(folder, "num_clients", ["transfer/svhn/steps"])
 
 
-def test_long_names_fit_into_the_plot(tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Draws a table, and returns the figure."""
     from matplotlib.figure import Figure
 
     kept, savefig = [], Figure.savefig
@@ -238,13 +256,52 @@ def test_long_names_fit_into_the_plot(tmp_path, monkeypatch):
         savefig(figure, path)
         kept.append(figure)
 
+    def draw(table: Table, at_start: float | None):
+        plot(table, at_start, tmp_path / "plot.png")
+        return kept.pop()
+
     monkeypatch.setattr(Figure, "savefig", keep)
-    records = finished_sweep(tmp_path).records()
-    metrics = ("transfer/the other data set/semi_10_top1", "knn_top1")
-    plot(tabulate(records, "num_clients", metrics), 20.0, tmp_path / "plot.png")
-    (figure,) = kept
+    return draw
+
+
+def table_of(rows, metrics, field="num_clients", columns=(9, 100)) -> Table:
+    cells = itertools.product(rows, metrics, columns)
+    return Table(field, columns, rows, metrics, {at: Cell((50.0, 53.0), 2, 2) for at in cells})
+
+
+LONG = "transfer/the other data set/semi_10_top1"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rows", [("A", "B" * 30 + " " + "b" * 80), tuple(map(str, range(30)))])
+@pytest.mark.parametrize("metrics", [("knn_top1",), (LONG, "knn_top1")])
+def test_names_fit_into_the_plot(drawn, rows, metrics):
+    figure = drawn(table_of(rows, metrics), 20.0)
     (legend,) = figure.legends
-    for text in (*legend.get_texts(), *(axes.yaxis.label for axes in figure.axes)):
-        box = text.get_window_extent()
-        assert figure.bbox.count_contains(box.corners()) == 4, text.get_text()
-    assert [text.get_text() for text in legend.get_texts()] == ["A", "B", "at the start"]
+    assert [text.get_text().replace("\n", " ") for text in legend.get_texts()] == [
+        *rows,
+        "at the start",
+    ]
+    labels = [axes.yaxis.label for axes in figure.axes]
+    for text in (*legend.get_texts(), *labels):
+        corners = text.get_window_extent().corners()
+        assert figure.bbox.count_contains(corners) == 4, text.get_text()
+    for axes in figure.axes:
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+        assert axes.get_window_extent().width > 0.5 * figure.bbox.width / (len(metrics) + 1)
+
+
+def test_one_line_needs_no_legend(drawn):
+    assert drawn(table_of(("A",), ("knn_top1",)), None).legends == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_of_rows_stand_beside_the_points(drawn):
+    rows = ("A", "B" * 30 + " " + "b" * 80)
+    figure = drawn(table_of(rows, ("knn_top1", LONG), METRICS, ("",)), 20.0)
+    first, second = figure.axes
+    assert [text.get_text().replace("\n", " ") for text in first.get_yticklabels()] == list(rows)
+    for text in (*first.get_yticklabels(), first.xaxis.label, second.xaxis.label):
+        assert figure.bbox.count_contains(text.get_window_extent().corners()) == 4
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["at the start"]
+    assert second.get_legend() is None  # no kNN

@@ -13,8 +13,14 @@ from ml_collections import ConfigDict
 from mocosfl_jax.sweep.definition import default_sweep
 
 ON_TEST = "mocosfl_jax.evaluate --dataset=cifar10 --train_split=train[:45000] --name=test"
-RATES = {"MocoSFL-3 aligned": 0.02, "FL-MoCo": 0.02, "FL-BYOL": 0.02, "FedEMA": 0.06}
-WHOLE_MODELS = ("FL-MoCo", "FL-BYOL", "FedEMA")
+RATES = {
+    "MocoSFL-3 aligned": 0.02,
+    "FL-MoCo": 0.02,
+    "FL-MoCo, BatchNorm": 0.02,
+    "FL-BYOL": 0.02,
+    "FedEMA": 0.06,
+}
+WHOLE_MODELS = ("FL-MoCo", "FL-MoCo, BatchNorm", "FL-BYOL", "FedEMA")
 
 
 def get_config() -> ConfigDict:

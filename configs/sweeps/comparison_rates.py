@@ -15,6 +15,7 @@ METHODS = (
     "MocoSFL-1",
     "MocoSFL-3 aligned",
     "FL-MoCo",
+    "FL-MoCo, BatchNorm",
     "FL-BYOL",
     "FL-BYOL, 5 local epochs",
     "FedEMA",

@@ -55,7 +55,7 @@ def check_clients(config: Config, info: DatasetInfo) -> None:
         value = getattr(config, name)
         if value is not None and info.num_classes is None:
             raise InputError(
-                f"config.{name}", value, "images without labels can only be IID: unset"
+                f"config.{name}", value, "images without labels can only be IID: leave it unset"
             )
     classes = config.classes_per_client
     if classes is not None and info.num_classes is not None and classes > info.num_classes:
@@ -90,7 +90,7 @@ def _check_read(config: Config) -> None:
     for name in sorted(unread):
         value = getattr(config, name)
         if value is not None:
-            allowed = f"method {config.method!r} does not read it: unset"
+            allowed = f"method {config.method!r} does not read it: leave it unset"
             raise InputError(f"config.{name}", value, allowed)
 
 

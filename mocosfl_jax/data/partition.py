@@ -372,5 +372,5 @@ def _check_labels(
     labels: NDArray[np.integer] | None, field: str, value: float
 ) -> NDArray[np.integer]:
     if labels is None:
-        raise InputError(field, value, "images without labels can only be IID: unset")
+        raise InputError(field, value, "images without labels can only be IID: leave it unset")
     return labels

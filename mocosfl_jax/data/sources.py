@@ -97,5 +97,7 @@ def _check(request: Request, is_tfds: bool) -> None:
     for field in ("train_split", "test_split"):
         value = getattr(request, field)
         if value is not None and not is_tfds:
-            allowed = f"{request.dataset} is no TFDS data set: its splits have no names, unset"
+            allowed = (
+                f"{request.dataset} is no TFDS data set: its splits have no names; leave it unset"
+            )
             raise InputError(f"config.{field}", value, allowed)

@@ -36,7 +36,7 @@ class Options:
         check_ranges(self, "--")
         for protocol in self.chosen:
             if protocol not in PROTOCOLS:
-                allowed = f"one or several of {','.join(PROTOCOLS)} are needed"
+                allowed = f"one or more of {','.join(PROTOCOLS)} are needed"
                 raise InputError("--protocols", protocol, allowed)
         if self.dataset is not None:
             check_name(self.transfer)

@@ -239,7 +239,7 @@ def make_placement(devices: int | None, server_shards: int) -> Placement:
     if count > len(found):
         raise InputError("config.devices", devices, f"at most {len(found)}, as many as there are")
     if jax.process_count() > 1 and count < len(found):
-        raise InputError("config.devices", devices, "several processes use all: unset")
+        raise InputError("config.devices", devices, "several processes use all: leave it unset")
     if count % server_shards:
         raise InputError(
             "config.server_shards", server_shards, f"a divisor of the {count} devices is needed"

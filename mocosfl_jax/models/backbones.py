@@ -62,7 +62,9 @@ def check_network(network: Network, cut: int) -> None:
     read = default_fields(network.backbone, _ANY_SIZE)
     for name in OPTIONAL_FIELDS:
         if name not in read and getattr(network, name) is not None:
-            raise NetworkError(name, f"backbone {network.backbone!r} does not read it: unset")
+            raise NetworkError(
+                name, f"backbone {network.backbone!r} does not read it: leave it unset"
+            )
     BACKBONES[network.backbone].check(_filled(network, _ANY_SIZE))
     units = num_units(network)
     if not 1 <= cut <= units:

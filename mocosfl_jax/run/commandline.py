@@ -112,6 +112,8 @@ class _ConfigFile(flags.ArgumentParser):
             return run()
         except KeyboardInterrupt:
             raise
+        except InputError as error:  # which says what is wrong
+            raise InputError(self._name, argument, str(error)) from None
         except BaseException as error:  # a config file is code, and may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
             raise InputError(self._name, argument, f"the file fails with {reason}") from None

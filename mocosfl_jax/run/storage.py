@@ -49,18 +49,25 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     """The object in a JSON file.
 
+    Args: remedy: what a user may do about a file that is damaged.
     Raises: InputError: the file cannot be read, or holds anything else.
     """
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(str(path), "unreadable", f"JSON is needed: {reason(error)}") from None
+        allowed = f"JSON is needed: {reason(error)}"
+        raise InputError(str(path), "unreadable", _joined(allowed, remedy)) from None
     if not isinstance(value, dict):
-        raise InputError(str(path), type(value).__name__, "a JSON object is needed")
+        allowed = _joined("a JSON object is needed", remedy)
+        raise InputError(str(path), type(value).__name__, allowed)
     return value
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 def write_json(path: Path, value: Any) -> None:

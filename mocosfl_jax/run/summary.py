@@ -21,6 +21,9 @@ from mocosfl_jax.run.storage import read_json
 
 Summary = dict[str, Any]
 
+MADE_AGAIN = "move it away, and the run's own command makes it again"
+"""What helps against a damaged summary."""
+
 
 def summarize(
     config: Resolved,
@@ -101,7 +104,7 @@ def read_summary(path: Path) -> Summary:
 
     Raises: InputError: the file is not the summary of a run.
     """
-    summary = read_json(path)
+    summary = read_json(path, MADE_AGAIN)
     _check_numbers(path, summary, NUMBERS)
     for transfer, values in by_transfer(summary).items():
         _check_numbers(path, values, TRANSFER_NUMBERS, f"transfer/{transfer}/")
@@ -118,7 +121,7 @@ def _check_numbers(
     for name, number in numbers.items():
         value = values.get(name)
         if number.required and not isinstance(value, int | float):
-            allowed = "the summary of a run is needed; move it away to have it made again"
+            allowed = f"the summary of a run is needed; {MADE_AGAIN}"
             raise InputError(str(path), f"{place}{name} {value!r}", allowed)
         if not isinstance(value, int | float | None):
             raise InputError(str(path), f"{place}{name} {value!r}", "a number is needed")

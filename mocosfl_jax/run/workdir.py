@@ -281,6 +281,8 @@ def hold(folder: Path, flag: str = "--workdir") -> TextIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
+    except FileExistsError:
+        raise InputError(flag, str(folder), "this is a file: a folder is needed") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte
         allowed = f"cannot be written: {getattr(error, 'strerror', None) or error}"
         raise InputError(flag, str(folder), allowed) from None
@@ -288,7 +290,7 @@ def hold(folder: Path, flag: str = "--workdir") -> TextIO:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
-        allowed = "in use by a running process; wait or take another"
+        allowed = "in use by a running process: wait until it ends, or choose another folder"
         raise InputError(flag, str(folder), allowed) from None
     return lock
 

@@ -16,6 +16,7 @@ from mocosfl_jax.config import Config
 from mocosfl_jax.config.stored import config_from_json, differences, flat_fields, to_json
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.storage import read_json, write_json
+from mocosfl_jax.run.summary import MADE_AGAIN
 from mocosfl_jax.run.workdir import CONFIG_FILE, SWEEP_FILE, hold
 from mocosfl_jax.sweep.checks import Fields
 from mocosfl_jax.sweep.definition import Run, columns_of
@@ -86,8 +87,12 @@ class SweepFolder:
         return self.run_path(name) / "log.txt"
 
     def is_finished(self, name: str, commands: Collection[str] = ()) -> bool:
-        """Whether the run is trained, and these of its commands have ended well."""
-        return self._summary_path(name).exists() and not self.commands_left(name, commands)
+        """Whether the run is trained, and these of its commands have ended well.
+
+        A run whose summary is damaged is not: training it again says what to do.
+        """
+        trained = isinstance(self._summary(name), dict)
+        return trained and not self.commands_left(name, commands)
 
     def commands_left(self, name: str, commands: Collection[str]) -> list[str]:
         """Those that have not ended well yet, in their order."""
@@ -150,6 +155,8 @@ class SweepFolder:
     def _record(self, name: str, run: dict[str, Any]) -> Record:
         """Args: run: what the definition says of it."""
         summary = self._summary(name)
+        damage = str(summary) if isinstance(summary, InputError) else None
+        summary = None if isinstance(summary, InputError) else summary
         return Record(
             name=name,
             variant=run["variant"] if "variant" in run else run["method"],  # its former name
@@ -158,14 +165,19 @@ class SweepFolder:
             finished=self.is_finished(name, run.get("commands", ())),
             summary=summary,
             attacks={} if summary is None else self._attacks(name, summary),
-            last_words=last_line(self.log_path(name)),
+            last_words=damage or last_line(self.log_path(name)),
         )
 
     def _summary_path(self, name: str) -> Path:
         return self.run_path(name) / "summary.json"
 
-    def _summary(self, name: str) -> dict[str, Any] | None:
-        return read_json(self._summary_path(name)) if self.is_finished(name) else None
+    def _summary(self, name: str) -> dict[str, Any] | InputError | None:
+        """Of a trained run; None: it is not trained; or what is wrong with the file."""
+        path = self._summary_path(name)
+        try:
+            return read_json(path, MADE_AGAIN) if path.exists() else None
+        except InputError as error:
+            return error
 
     def _attacks(self, name: str, summary: dict[str, Any]) -> dict[str, Any]:
         """Those on the trained run. Raises: InputError: a file that is no JSON."""
@@ -192,8 +204,8 @@ class SweepFolder:
 
     def _encoder(self, name: str) -> str | None:
         """Digest of the run's encoder."""
-        path = self._summary_path(name)
-        return read_json(path).get("encoder") if path.exists() else None
+        summary = self._summary(name)
+        return summary.get("encoder") if isinstance(summary, dict) else None
 
     def _check_left_out(self, stored: Collection[str], runs: Collection[str]) -> list[str]:
         """The stored runs that the sweep no longer has; raises InputError if one is finished."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vPX"
-"""Of the points of a scatter plot: each marker comes in all ten colours before the next one."""
+"""Of lines and points: each marker comes in all ten colours before the next one."""
 
 _AT_START = "at the start"
 """Label of the line that shows what the untrained networks had."""
@@ -33,16 +33,16 @@ def plot(table: Table, at_start: float | None, path: os.PathLike[str]) -> None:
     """
     from matplotlib.figure import Figure
 
-    panels, by_row = len(table.metrics), table.field == METRICS
-    size = (2 + 2.4 * panels, 1.2 + 0.3 * len(table.rows)) if by_row else (4.2 * panels + 2, 3.6)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    every = figure.subplots(1, panels, sharey=by_row, squeeze=False)[0]
+    by_row = table.field == METRICS
+    figure = Figure(figsize=_size(table), dpi=150, layout="constrained")
+    every = figure.subplots(1, len(table.metrics), sharey=by_row, squeeze=False)[0]
     for axes, metric in zip(every, table.metrics, strict=True):
         at_init = at_start if metric == "knn_top1" else None
         (_draw_points if by_row else _draw_lines)(axes, table, metric, at_init)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    _add_legend(figure, every)
+    if not by_row:
+        _add_legend(figure, every, table)
     figure.savefig(path)
 
 
@@ -65,7 +65,7 @@ def scatter(table: Table, path: os.PathLike[str]) -> None:
                 xerr=x.std or math.nan,
                 label=label,
                 color=f"C{index % 10}",
-                marker=_MARKERS[index // 10 % len(_MARKERS)],
+                marker=_marker(index),
                 linestyle="",
                 capsize=3,
             )
@@ -81,30 +81,53 @@ def scatter(table: Table, path: os.PathLike[str]) -> None:
 
 # --------------------------------------------------------------------------------------- pieces
 
+_LETTER, _LINE = 0.085, 0.22
+"""Inches that a letter and a line of text take."""
+
+
+def _size(table: Table) -> tuple[float, float]:
+    """Width and height of the figure in inches: names of rows stand beside the panels."""
+    names = [line for row in table.rows for line in _name(row).split("\n")]
+    beside = 0.8 + _LETTER * max(map(len, [*names, _AT_START]))
+    panels, lines = len(table.metrics), len(names) + 2
+    if table.field == METRICS:
+        return beside + 2.4 * panels, 1.2 + 0.3 * lines
+    return beside + 4.2 * panels, max(3.6, _LINE * lines)
+
+
+def _name(row: str) -> str:
+    """Of a row, on several lines where it is long."""
+    return _filled(row, 36)
+
+
+def _filled(text: str, width: int) -> str:
+    return textwrap.fill(text, width, break_long_words=False)
+
 
 def _draw_lines(axes: "Axes", table: Table, metric: str, at_start: float | None) -> None:
     """Over the values of the columns."""
     numbers = all(isinstance(x, int | float) and x > 0 for x in table.columns)
     x_of = {value: value if numbers else i for i, value in enumerate(table.columns)}
-    for row in table.rows:
-        _draw(axes, {x_of[x]: table.cells[row, metric, x] for x in table.columns}, row)
+    for index, row in enumerate(table.rows):
+        cells = {x_of[x]: table.cells[row, metric, x] for x in table.columns}
+        _draw(axes, cells, _name(row), _marker(index))
     if numbers:
         axes.set_xscale("log")
     axes.set_xticks(list(x_of.values()), [str(value) for value in x_of])
     axes.minorticks_off()
     axes.set_xlabel(table.field_label)
-    axes.set_ylabel(textwrap.fill(number_of(metric).title, 34))
+    axes.set_ylabel(_filled(number_of(metric).title, 34))
     if at_start is not None:
         axes.axhline(at_start, color="grey", linestyle=":", label=_AT_START)
     _widen(axes, None, metric)
 
 
-def _draw(axes: "Axes", cells: dict[Any, Cell], label: str) -> None:
+def _draw(axes: "Axes", cells: dict[Any, Cell], label: str, marker: str) -> None:
     """One line through the cells that have values. Args: cells: by x."""
     points = [(x, cell.mean, cell.std or math.nan) for x, cell in cells.items() if cell.values]
     x, mean, std = zip(*points, strict=True) if points else ([], [], [])
     shown = label if points else None  # colours follow the table, with or without points
-    axes.errorbar(x, mean, std, marker="o", markersize=4, capsize=3, label=shown)
+    axes.errorbar(x, mean, std, marker=marker, markersize=4, capsize=3, label=shown)
 
 
 def _draw_points(axes: "Axes", table: Table, metric: str, at_start: float | None) -> None:
@@ -113,24 +136,30 @@ def _draw_points(axes: "Axes", table: Table, metric: str, at_start: float | None
     points = [(cell.mean, y, cell.std or math.nan) for y, cell in cells.items() if cell.values]
     x, y, std = zip(*points, strict=True) if points else ([], [], [])
     axes.errorbar(x, y, xerr=std, marker="o", markersize=4, capsize=3, linestyle="")
-    axes.set_yticks(range(len(table.rows)), table.rows)
+    axes.set_yticks(range(len(table.rows)), [_name(row) for row in table.rows])
     axes.set_ylim(len(table.rows) - 0.5, -0.5)
-    axes.set_xlabel(textwrap.fill(number_of(metric).title, 22))
+    axes.set_xlabel(_filled(number_of(metric).title, 22))
     if at_start is not None:
         axes.axvline(at_start, color="grey", linestyle=":", label=_AT_START)
+        axes.legend(frameon=False)
     _widen(axes, metric, None)
 
 
-def _add_legend(figure: "Figure", every: Iterable["Axes"]) -> None:
+def _add_legend(figure: "Figure", every: Iterable["Axes"], table: Table) -> None:
     """One for all panels, beside them, if there is more to tell apart than one row."""
     shown: dict[str, Artist] = {}
     for axes in every:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            shown.setdefault(label, handle)
-    labels = sorted(shown, key=lambda label: label == _AT_START)  # last
-    if len(labels) > 1 or _AT_START in labels:
+        shown |= {
+            label: artist for artist, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+    labels = [label for label in (*map(_name, table.rows), _AT_START) if label in shown]
+    if len(labels) > 1:
         handles = [shown[label] for label in labels]
         figure.legend(handles, labels, loc="outside right upper", frameon=False)
+
+
+def _marker(index: int) -> str:
+    return _MARKERS[index // 10 % len(_MARKERS)]
 
 
 def _points(table: Table) -> Iterator[tuple[str, Cell, Cell]]:

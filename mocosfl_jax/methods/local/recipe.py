@@ -100,7 +100,7 @@ def _check_read(config: Resolved) -> None:
     for name in ("temperature", "ema", "queue_length"):
         value = getattr(config, name)
         if value is not None and name not in objective.reads:
-            allowed = f"objective {section.objective!r} does not read it: unset"
+            allowed = f"objective {section.objective!r} does not read it: leave it unset"
             raise InputError(f"config.{name}", value, allowed)
     if MERGES[section.merge].predictor and not objective.predictor:
         able = ", ".join(name for name, row in OBJECTIVES.items() if row.predictor)

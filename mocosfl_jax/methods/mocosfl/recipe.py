@@ -119,7 +119,7 @@ def _check_saving(config: Resolved) -> None:
     if first > config.rounds:
         allowed = f"the first round that can save is round {first}, and there are {config.rounds}"
         field, value = "config.saving.warmup_rounds", saving.warmup_rounds
-        raise InputError(field, value, f"{allowed}: fewer, or more config.rounds")
+        raise InputError(field, value, f"{allowed}: set fewer, or more config.rounds")
     if not config.feature_sharing and config.cohort_size < config.num_clients:
         allowed = (
             "a round in C would meet the queues of other clients than those whose latents are"
