@@ -55,19 +55,15 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     Args: remedy: what a user may do about a file that is damaged.
     Raises: InputError: the file cannot be read, or holds anything else.
     """
+    further = f"; {remedy}" if remedy else ""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        allowed = f"JSON is needed: {reason(error)}"
-        raise InputError(str(path), "unreadable", _joined(allowed, remedy)) from None
+        allowed = f"JSON is needed: {reason(error)}{further}"
+        raise InputError(str(path), "unreadable", allowed) from None
     if not isinstance(value, dict):
-        allowed = _joined("a JSON object is needed", remedy)
-        raise InputError(str(path), type(value).__name__, allowed)
+        raise InputError(str(path), type(value).__name__, f"a JSON object is needed{further}")
     return value
-
-
-def _joined(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
 
 
 def write_json(path: Path, value: Any) -> None:
