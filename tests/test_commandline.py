@@ -178,13 +178,24 @@ def test_a_section_that_cannot_hold_is_one_line(capsys, toy_file, override, word
         (("--config.cut=2", "--config.cut=1e3"), "config.cut = '1e3': an integer is needed"),
         (("--config.tensorboard=maybe",), "config.tensorboard = 'maybe': True or False is needed"),
         (("--config.cut.deep=1",), "config.cut.deep = '1': config.cut has no fields"),
-        (("--config.resfl.alpha=1",), "config.resfl.alpha = '1': there is no such field; did you"),
+        (
+            ("--config.resfl.alpha=1",),
+            "config.resfl.alpha = '1': method 'mocosfl' has no section 'resfl'; did you mean",
+        ),
         (("--work_dir=x",), "--work_dir = 'x': there is no such option; did you mean --workdir?"),
         (("--config.=1",), "fields are set by --config.FIELD=VALUE"),
     ],
 )
 def test_what_cannot_be_parsed_is_named_in_plain_words(capsys, overrides, words):
     assert words in refused(capsys, "--config", QUICKSTART, *overrides)
+
+
+def test_a_section_of_another_method(capsys):
+    fl_moco = str(Path(QUICKSTART).parent / "baselines" / "fl_moco.py")
+    for override in ("--config.saving.threshold=1", "--config.saving.threshold=None"):
+        line = refused(capsys, "--config", fl_moco, override)
+        assert "config.saving.threshold = " in line
+        assert ": method 'local' has no section 'saving'" in line
 
 
 def test_a_value_that_is_missing():
@@ -212,7 +223,7 @@ def test_objects_have_no_address_in_a_message():
 def test_a_method_of_ones_own_is_chosen_on_the_command_line(capsys):
     own = "--config.method=tests.test_recipe:TOY"
     assert parsed(own).section(Toy) == Toy()  # the file has no sections
-    assert "there is no such field" in refused(
+    assert "method 'mocosfl' has no section 'toy'" in refused(
         capsys, "--config", QUICKSTART, "--config.toy.rate=0.25"
     )
 

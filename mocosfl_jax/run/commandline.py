@@ -80,10 +80,14 @@ def parse(
 
 
 class _ConfigFile(flags.ArgumentParser):
-    """Makes the config of `PATH` or `PATH:ARGUMENT`; whatever fails is an `InputError`."""
+    """Makes the config of `PATH` or `PATH:ARGUMENT`; whatever fails is an `InputError`.
+
+    method: that the config names; None: no config of a run has been made.
+    """
 
     def __init__(self, name: str, of_sweep: bool):
         self._name, self._of_sweep = name, of_sweep
+        self.method: str | None = None
 
     def parse(self, argument: str) -> ConfigDict:
         path, *arguments = argument.split(":", 1)
@@ -105,6 +109,7 @@ class _ConfigFile(flags.ArgumentParser):
                 "a run's config is needed; this one is of a sweep (python -m mocosfl_jax.sweep)"
             )
             raise InputError(self._name, argument, allowed)
+        self.method = config.get("method")
         return self._guard(argument, config.lock)
 
     def _guard(self, argument: str, run: Callable[[], Any]) -> Any:
@@ -162,7 +167,7 @@ def _refusal(values: flags.FlagValues, arguments: Sequence[str], error: Exceptio
     text = str(error).replace("\\n", " ").replace("\\'", "'")  # ml_collections quotes twice
     reason = " ".join(text.split()) or type(error).__name__
     if isinstance(error, AttributeError | KeyError):
-        return _no_such_field(arguments, reason)
+        return _no_such_field(values, arguments, reason)
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname
         if name.startswith("config.") and "config" in values:
@@ -182,14 +187,19 @@ def _refusal(values: flags.FlagValues, arguments: Sequence[str], error: Exceptio
     return InputError("command line", " ".join(arguments), reason)
 
 
-def _no_such_field(arguments: Sequence[str], reason: str) -> InputError:
+def _no_such_field(values: flags.FlagValues, arguments: Sequence[str], reason: str) -> InputError:
     """Args: reason: quotes the part of a field's name that does not exist, and a similar one."""
     quoted, similar = re.search(r"'(\w+)'", reason), re.search(r'Did you mean "(\w+)"', reason)
     hint = f"; did you mean {similar[1]}?" if similar else ""
+    method = values["config"].parser.method
     for argument in arguments:
         name = argument.lstrip("-").split("=")[0]
-        if quoted and quoted[1] in name.split(".")[1:]:
-            return InputError(name, _value_of(arguments, name), f"there is no such field{hint}")
+        _, *parts = name.split(".")
+        if quoted and quoted[1] in parts:
+            missing = "there is no such field"
+            if method and quoted[1] != parts[-1]:
+                missing = f"method {method!r} has no section {quoted[1]!r}"
+            return InputError(name, _value_of(arguments, name), missing + hint)
     return InputError("command line", " ".join(arguments), f"no such field: {reason}")
 
 
