@@ -249,10 +249,9 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
         if name not in unread:
             print(f"{name}: {value}")
     sizes = plan(config)
-    parameters = f"parameters: {sizes.client_params + sizes.server_params:,}"
-    if "cut" in recipe.reads:
-        parameters = f"client parameters: {sizes.client_params:,}\n"
-        parameters += f"server parameters: {sizes.server_params:,}"
+    parameters = f"parameters: {sizes.client_params:,}"
+    if sizes.server_params:
+        parameters = f"client {parameters}\nserver parameters: {sizes.server_params:,}"
     memory = estimate_memory(config, prepared.info, sizes)
     on_device = (
         f"{memory.device / 1e9:.2f} GB on the device, {memory.host / 1e9:.2f} GB on the host"
