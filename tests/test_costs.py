@@ -30,6 +30,7 @@ STEM = 32 * 32 * 3 * 3 * 3 * 64  # multiply-adds of an image, ResNet-18
 BLOCK = 2 * (32 * 32 * 3 * 3 * 64 * 64)
 BOTTLENECK = 16 * 16 * 3 * 3 * 64 * 4  # C4S2
 NARROW = {"width": 4, "blocks_per_stage": (1,), "head_width": 8, "num_clients": 5, "batch_size": 3}
+SAVING = ("--config.saving.threshold=0.1", "--config.saving.warmup_rounds=0")
 FROZEN = {"client_learning_rate": 0.0, "client_state": "stateless", "align_momentum": True}
 
 
@@ -310,6 +311,14 @@ def test_the_command_prints_a_table_and_writes_numbers(npz, capsys):
     assert found["step"]["products"] == 3 * 3 * (8 * 8 * 27 * 4)
     assert found["flops"] == 18 * (2 * found["step"]["products"] + found["step"]["others"])
     assert found["training"]["arguments"] > found["inference"]["arguments"] > 0
+    assert "mean" not in out and "full rounds" not in out
+
+
+def test_what_the_numbers_leave_open_is_said(npz, capsys):
+    assert main(command(npz, "--config.cohort_size=3", *SAVING)) == 0
+    *_, mean, saving = filter(None, capsys.readouterr().out.splitlines())
+    assert mean == "a round draws 3 of 4 clients: rounds, and what follows, are a client's mean"
+    assert saving.startswith("counted with all rounds in A (full rounds); summary.json says what")
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def _print(raw: "ConfigDict", json: str | None) -> None:
     from mocosfl_jax.config.data import deal, prepare
     from mocosfl_jax.config.rich import rich_of
     from mocosfl_jax.costs.communication import holders_of
-    from mocosfl_jax.costs.report import as_json, costs_of, table
+    from mocosfl_jax.costs.report import as_json, costs_of, notes, table
     from mocosfl_jax.run.processes import use_compilation_cache
     from mocosfl_jax.run.program import check_labels, program_of
 
@@ -73,6 +73,8 @@ def _print(raw: "ConfigDict", json: str | None) -> None:
         rich = costs_of(config, holders_of(config, partition, rich=True), rich=True)
         print(table(rich, "rich "), table(costs, "other "), sep="\n\n")
         values["rich"] = as_json(config, rich)
+    for note in notes(config, partition.num_holders):
+        print(f"\n{note}")
     if json is not None:
         write_json(Path(json), values)
 

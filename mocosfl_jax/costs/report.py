@@ -83,6 +83,21 @@ def step_line(config: Resolved) -> str:
     return f"operations of a client in a step: {_big(step.total)}"
 
 
+def notes(config: Resolved, holders: int) -> tuple[str, ...]:
+    """What the numbers leave open, for people.
+
+    Args: holders: clients that have images.
+    """
+    found = []
+    if config.cohort_size < holders:
+        drawn = f"{config.cohort_size} of {holders:,} clients"
+        found.append(f"a round draws {drawn}: rounds, and what follows, are a client's mean")
+    if statuses := program_of(config).method.statuses:
+        full = f"{statuses[0].name} ({statuses[0].words})"
+        found.append(f"counted with all rounds in {full}; summary.json says what a run saved")
+    return tuple(found)
+
+
 def images_of(config: Resolved, number: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((number, config.image_size, config.image_size, 3), jnp.float32)
 
