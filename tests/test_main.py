@@ -235,6 +235,7 @@ def test_a_dry_run_looks_into_the_folder_and_changes_nothing(capsys, npz):
     (folder / "config.json").write_text("[]")
     status, _, err = dry_run(capsys, npz)
     assert (status, len(err)) == (2, 1) and "config.json" in err[0]
+    assert err[0].endswith("put an intact one back, or move the folder away")
     (folder / "config.json").unlink()
     (folder / "summary.json").write_text("{}")
     status, _, err = dry_run(capsys, npz)

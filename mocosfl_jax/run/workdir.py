@@ -31,6 +31,9 @@ CONFIG_FILE, SWEEP_FILE = "config.json", "sweep.json"
 """What makes a folder that of a run, or of a sweep."""
 
 
+_PUT_BACK = "put an intact one back, or move the folder away"
+
+
 class Stored(NamedTuple):
     """What a run's folder says of it.
 
@@ -168,10 +171,10 @@ def read_stored(path: Path) -> Stored | None:
             return None
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise InputError("--workdir", str(path), reason(error)) from None
-    config = config_from_json(read_json(config_path), str(config_path))
+    config = config_from_json(read_json(config_path, _PUT_BACK), str(config_path))
     if not data_path.exists():
         return Stored(config, None)
-    data = read_json(data_path).get("fingerprint")
+    data = read_json(data_path, _PUT_BACK).get("fingerprint")
     if not isinstance(data, dict):
         raise InputError(str(data_path), data, "the fingerprint of a data set is needed")
     return Stored(config, data)
