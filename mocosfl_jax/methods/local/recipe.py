@@ -161,11 +161,11 @@ def _check_state(config: Resolved) -> None:
         return
     for name, kept in (("queue", objective.queue), ("target network", objective.target)):
         if kept:
-            allowed = f"with {section.objective!r} a client's own {name} would be lost: persistent"
-            raise InputError("config.client_state", config.client_state, allowed)
+            lost = f"with {section.objective!r} a client's own {name} would be lost"
+            raise InputError("config.client_state", "stateless", f"{lost}: set 'persistent'")
     if MERGES[section.merge].measures:
-        allowed = f"{section.merge!r} needs what a client kept of its last round: persistent"
-        raise InputError("config.client_state", config.client_state, allowed)
+        needed = f"{section.merge!r} needs what a client kept of its last round"
+        raise InputError("config.client_state", "stateless", f"{needed}: set 'persistent'")
 
 
 LOCAL = Recipe(

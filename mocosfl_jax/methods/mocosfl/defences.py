@@ -69,8 +69,9 @@ def _check_ressfl(config: Resolved) -> None:
         return
     _check_trained(config, "config.ressfl.alpha", section.alpha)
     if config.client_state == "stateless":
-        lost = "a client's simulated attacker would be lost: persistent, or config.ressfl.alpha=0"
-        raise InputError("config.client_state", config.client_state, lost)
+        lost = "a client's simulated attacker would be lost"
+        allowed = f"{lost}: set 'persistent', or config.ressfl.alpha=0"
+        raise InputError("config.client_state", config.client_state, allowed)
 
 
 def _check_trained(config: Resolved, where: str, value: float) -> None:

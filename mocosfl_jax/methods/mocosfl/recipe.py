@@ -71,11 +71,12 @@ def _check_client_state(config: Resolved) -> None:
     if config.client_state != "stateless":
         return
     if not config.align_momentum:
-        lost = "a client's own key encoder would be lost: set config.align_momentum"
+        lost = "a client's own key encoder would be lost: set config.align_momentum=True"
         raise InputError("config.client_state", config.client_state, lost)
     if not config.feature_sharing:
-        lost = "a client's private queue would be lost: persistent, or set config.feature_sharing"
-        raise InputError("config.client_state", config.client_state, lost)
+        lost = "a client's private queue would be lost"
+        allowed = f"{lost}: set 'persistent', or config.feature_sharing=True"
+        raise InputError("config.client_state", config.client_state, allowed)
 
 
 def _check_chunks(config: Resolved) -> None:
@@ -90,10 +91,10 @@ def _check_averaging(config: Resolved) -> None:
     if not tau:
         return
     if config.client_learning_rate == 0:
-        allowed = "clients are frozen (config.client_learning_rate is 0) and never averaged: 0"
+        allowed = "frozen clients (config.client_learning_rate=0) are never averaged: set 0"
         raise InputError("config.averaging.tau", tau, allowed)
     if config.client_state == "stateless":
-        lost = "what clients keep of their own models would be lost: persistent, or"
+        lost = "what clients keep of their own models would be lost: set 'persistent', or"
         allowed = f"{lost} config.averaging.tau=0"
         raise InputError("config.client_state", config.client_state, allowed)
 
