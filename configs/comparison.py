@@ -20,6 +20,12 @@ NORMALISED = {"head": "largeV2", "head_width": 128}
 METHODS: dict[str, dict[str, Any]] = {
     "MocoSFL-1": {"cut": 1, "queue_length": 2000},
     "MocoSFL-3 aligned": {"cut": 2, "align_momentum": True, "queue_length": 2000},
+    "MocoSFL-3 aligned, BatchNorm": {
+        "cut": 2,
+        "align_momentum": True,
+        "queue_length": 2000,
+        **NORMALISED,
+    },
     "FL-MoCo": {"local": {"objective": "moco"}, "queue_length": 2000},
     # As in configs/baselines/fl_moco.py.
     "FL-MoCo, BatchNorm": {"local": {"objective": "moco"}, "queue_length": 2000, **NORMALISED},

@@ -43,7 +43,7 @@ def settled(run: Run) -> Resolved:
 
 def test_all_of_the_comparison_see_as_many_images():
     runs = runs_of("comparison")
-    assert len(runs) == 21
+    assert len(runs) == 28
     for name, run in runs.items():
         config = settled(run)
         cohort, images = config.cohort_size, config.images_a_step

@@ -15,6 +15,7 @@ from mocosfl_jax.sweep.definition import default_sweep
 ON_TEST = "mocosfl_jax.evaluate --dataset=cifar10 --train_split=train[:45000] --name=test"
 RATES = {
     "MocoSFL-3 aligned": 0.02,
+    "MocoSFL-3 aligned, BatchNorm": 0.02,
     "FL-MoCo": 0.02,
     "FL-MoCo, BatchNorm": 0.02,
     "FL-BYOL": 0.02,
@@ -35,7 +36,7 @@ def get_config() -> ConfigDict:
         # 20 images a client and step, so 2,000 a step.
         {"num_clients": (100,), "variant": WHOLE_MODELS, "fields": {"steps_per_round": 5}},
     )
-    repeated = ("MocoSFL-3 aligned", "FL-BYOL", "FedEMA")
+    repeated = tuple(name for name in RATES if name != "FL-MoCo")
     sweep.more_seeds = ({"num_clients": (20,), "variant": repeated, "seeds": (1, 2)},)
     sweep.commands = (ON_TEST,)
     sweep.metrics = (

@@ -14,6 +14,7 @@ from mocosfl_jax.sweep.definition import default_sweep
 METHODS = (
     "MocoSFL-1",
     "MocoSFL-3 aligned",
+    "MocoSFL-3 aligned, BatchNorm",
     "FL-MoCo",
     "FL-MoCo, BatchNorm",
     "FL-BYOL",
