@@ -30,7 +30,6 @@ from mocosfl_jax.run.storage import (
 CONFIG_FILE, SWEEP_FILE = "config.json", "sweep.json"
 """What makes a folder that of a run, or of a sweep."""
 
-
 _PUT_BACK = "put an intact one back, or move the folder away"
 
 
