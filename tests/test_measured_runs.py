@@ -159,7 +159,7 @@ def test_ages_are_the_steps_that_a_queue_holds(npz):
         ({"averaging": {"tau": 1.0}}, "config.averaging.tau = 1.0: a number in [0, 1)"),
         (
             {"averaging": {"tau": 0.7}, "client_learning_rate": 0.0},
-            "config.averaging.tau = 0.7: clients are frozen",
+            "config.averaging.tau = 0.7: frozen clients",
         ),
         (
             {"averaging": {"tau": 0.7}, "client_state": "stateless", "align_momentum": True},
