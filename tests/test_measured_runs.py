@@ -167,7 +167,7 @@ def test_ages_are_the_steps_that_a_queue_holds(npz):
         ),
         (
             {"measure": {"divergence": True}, "client_learning_rate": 0.0},
-            "config.measure.divergence = True: clients are frozen",
+            "config.measure.divergence = True: frozen clients",
         ),
         (
             {"measure": {"hardness": True}, "queue_length": 9 * 513, "loss": "one_way"},

@@ -102,7 +102,7 @@ def _check_averaging(config: Resolved) -> None:
 def _check_measure(config: Resolved) -> None:
     measure = config.section_or_default(Measure)
     if measure.divergence and config.client_learning_rate == 0:
-        allowed = "clients are frozen (config.client_learning_rate is 0) and never averaged: False"
+        allowed = "frozen clients (config.client_learning_rate=0) are never averaged: set False"
         raise InputError("config.measure.divergence", True, allowed)
     if measure.hardness and queue_steps(config) > MOST_AGES:
         allowed = (
