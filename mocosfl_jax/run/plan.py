@@ -96,8 +96,8 @@ class Memory:
 class Plan:
     """Sizes of a run.
 
-    client_params, server_params: numbers of parameters, the head with the server; where a method
-      cuts no network, its clients have all of them.
+    client_params, server_params: numbers of parameters of the exported network, which has no
+      predictor; the head is with the server. Where a method cuts no network, clients have all.
     bytes_up_per_client_round, bytes_down_per_client_round: what a participant sends and receives in
       a round of `steps_per_round` full batches (`Method.traffic`). bytes_down_per_client_once: what
       it receives before its first round.

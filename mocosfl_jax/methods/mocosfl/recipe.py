@@ -86,24 +86,25 @@ def _check_chunks(config: Resolved) -> None:
         raise InputError("config.cohort_chunks", chunks, allowed)
 
 
+_NEVER_AVERAGED = "frozen clients (config.client_learning_rate=0) are never averaged"
+
+
 def _check_averaging(config: Resolved) -> None:
     tau = config.section_or_default(Averaging).tau
     if not tau:
         return
     if config.client_learning_rate == 0:
-        allowed = "frozen clients (config.client_learning_rate=0) are never averaged: set 0"
-        raise InputError("config.averaging.tau", tau, allowed)
+        raise InputError("config.averaging.tau", tau, f"{_NEVER_AVERAGED}: set 0")
     if config.client_state == "stateless":
-        lost = "what clients keep of their own models would be lost: set 'persistent', or"
-        allowed = f"{lost} config.averaging.tau=0"
+        lost = "what clients keep of their own models would be lost"
+        allowed = f"{lost}: set 'persistent', or config.averaging.tau=0"
         raise InputError("config.client_state", config.client_state, allowed)
 
 
 def _check_measure(config: Resolved) -> None:
     measure = config.section_or_default(Measure)
     if measure.divergence and config.client_learning_rate == 0:
-        allowed = "frozen clients (config.client_learning_rate=0) are never averaged: set False"
-        raise InputError("config.measure.divergence", True, allowed)
+        raise InputError("config.measure.divergence", True, f"{_NEVER_AVERAGED}: set False")
     if measure.hardness and queue_steps(config) > MOST_AGES:
         allowed = (
             f"a queue holds the keys of {queue_steps(config)} steps, and at most {MOST_AGES} ages"
