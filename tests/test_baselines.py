@@ -3,6 +3,9 @@
 import functools
 import json
 import runpy
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,20 +108,24 @@ def test_a_baseline_runs(name, whole):
     assert rates[0] == rates[1] > rates[2] == rates[3] > rates[4] == rates[5] > 0
 
 
-# What a client keeps: a queue and key encoder; its predictor; its model, target network and record.
-@pytest.mark.parametrize("name", ["fl_moco", "fedu", "fedema"])
+@pytest.mark.parametrize("name", sorted(BASELINES))
 def test_a_baseline_resumes_bit_for_bit(name, whole, npz, tmp_path, stop_at):
-    """Stopped in the second round, after which one more comes."""
+    """Stopped in the middle of its second round, and killed when it saves that round."""
+    want = whole(name)
     stop_at(2)
     assert main(command(name, tmp_path, npz)) == 143
-    assert int(saved_state(tmp_path).step) == 3  # in mid-round
+    fault = "kill=mocosfl_jax.train:save_encoder:1"
+    argv = [sys.executable, "-m", "tests.broken_run", fault, "--", *command(name, tmp_path, npz)[1:]]
+    killed = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert (killed.returncode, killed.stderr) == (-signal.SIGKILL, "")
+    assert lines(tmp_path)[-1]["step"] > 3
+    assert int(saved_state(tmp_path).step) == 3
     assert main(command(name, tmp_path, npz)) == 0
-    assert without_speed(lines(tmp_path)) == without_speed(lines(whole(name)))
-    jax.tree.map(np.testing.assert_array_equal, saved_state(tmp_path), saved_state(whole(name)))
+    assert without_speed(lines(tmp_path)) == without_speed(lines(want))
+    jax.tree.map(np.testing.assert_array_equal, saved_state(tmp_path), saved_state(want))
 
 
-# Labels, a queue, and the two rules that keep something of the client's own.
-@pytest.mark.parametrize("name", ["fedavg", "fl_moco", "fedu", "fedema"])
+@pytest.mark.parametrize("name", sorted(BASELINES))
 def test_a_baseline_runs_on_four_devices(name, whole, npz, tmp_path, monkeypatch):
     """3 slots are padded to 4, and 5 clients to 8, as the population is sharded there."""
     monkeypatch.setattr(placement, "SHARDED_FROM", 0)
