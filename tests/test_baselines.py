@@ -114,10 +114,10 @@ def test_a_baseline_resumes_bit_for_bit(name, whole, npz, tmp_path, stop_at):
     want = whole(name)
     stop_at(2)
     assert main(command(name, tmp_path, npz)) == 143
-    fault = "kill=mocosfl_jax.train:save_encoder:1"
-    argv = [sys.executable, "-m", "tests.broken_run", fault, "--", *command(name, tmp_path, npz)[1:]]
-    killed = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert (killed.returncode, killed.stderr) == (-signal.SIGKILL, "")
+    fault = ("tests.broken_run", "kill=mocosfl_jax.train:save_encoder:1", "--")
+    argv = [sys.executable, "-m", *fault, *command(name, tmp_path, npz)[1:]]
+    killed = subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=300, check=False)
+    assert (killed.returncode, killed.stderr) == (-signal.SIGKILL, b"")
     assert lines(tmp_path)[-1]["step"] > 3
     assert int(saved_state(tmp_path).step) == 3
     assert main(command(name, tmp_path, npz)) == 0
@@ -169,7 +169,7 @@ def test_a_baseline_has_the_published_setting(name):
             "config.images_per_client = 1: objective 'simsiam' compares images of one client",
         ),
         ("fedavg", {"head_width": 2}, "config.head_width = 2: one score a class is needed: at le"),
-        ("fl_moco", {"local.merge": "fedema"}, "config.local.merge = 'fedema': objective 'moco' "),
+        ("fl_moco", {"local.merge": "fedu"}, "config.local.merge = 'fedu': objective 'moco' has n"),
         ("fl_simclr", {"local.merge": "fedu"}, "config.local.merge = 'fedu': objective 'simclr' "),
         (
             "fl_byol",
@@ -207,11 +207,12 @@ def test_bad_input_is_refused_in_one_line(name, fields, words, npz, tmp_path, ca
     assert words in line
 
 
-def test_a_dry_run_leaves_out_what_is_not_read(npz, tmp_path, capsys, whole):
+@pytest.mark.parametrize("name", ["fl_moco", "fl_byol"])  # without and with a predictor
+def test_a_dry_run_leaves_out_what_is_not_read(name, npz, tmp_path, capsys, whole):
     """Clients train the whole network: there is no cut, and no server's share of the parameters."""
-    folder = whole("fl_moco")
+    folder = whole(name)
     capsys.readouterr()
-    assert main(command("fl_moco", tmp_path / "run", npz, "--dry_run")) == 0
+    assert main(command(name, tmp_path / "run", npz, "--dry_run")) == 0
     out = capsys.readouterr().out.splitlines()
     names = [line.partition(":")[0] for line in out]
     assert "queue_length" in names

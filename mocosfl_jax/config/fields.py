@@ -115,7 +115,7 @@ class Config:
     epochs: Annotated[int, FROM_1] = 200
     # E, passes of a client over its images in a round that the rule for steps_per_round aims at.
     local_epochs: Annotated[int, FROM_1] = 1
-    # Steps in a round, the same for every client. Rule: E * images of a client // B, at least 1; it
+    # Steps in a round, the same for every client. Rule: E * images of a client // B, at least E; it
     # holds images_per_client, or the N-th part of all. With rich clients, E * images // (rows of a
     # step in which all N take part).
     steps_per_round: Annotated[int, FROM_1] = RULE

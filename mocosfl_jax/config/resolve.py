@@ -74,7 +74,8 @@ def _filled(config: Config, info: DatasetInfo, holders: int) -> Config:
         visits = config.num_clients / (config.cohort_size * config.local_epochs)
         fill("rounds", math.ceil(config.epochs * visits))
         held = config.images_per_client or info.num_train / all_blocks(config)
-        fill("steps_per_round", max(1, int(config.local_epochs * held / config.batch_size)))
+        passes = config.local_epochs  # each is a step at least
+        fill("steps_per_round", max(passes, int(passes * held / config.batch_size)))
     images_a_round = config.steps_per_round * rows
     fill("rounds", max(1, round(config.epochs * info.num_train / images_a_round)))
     fill("width", default_width(config.backbone))

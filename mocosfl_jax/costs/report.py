@@ -1,7 +1,6 @@
 """All costs of a client, as numbers and as a table."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from mocosfl_jax.costs.communication import (
 from mocosfl_jax.costs.flops import Flops, flops_of
 from mocosfl_jax.costs.memory import Memory, memory_of
 from mocosfl_jax.costs.paper import MB, G, PaperCosts, paper_costs
+from mocosfl_jax.run.plan import plan
 from mocosfl_jax.run.program import program_of
 
 
@@ -26,7 +26,7 @@ from mocosfl_jax.run.program import program_of
 class Costs:
     """Of one client.
 
-    parameters: their number, running statistics included. images_a_step: B, of a rich client F * B.
+    parameters: their number, without running statistics. images_a_step: B, of a rich client F * B.
     often: how often it takes part.
     step, image: operations of a step of training, and of one image in evaluation.
     training, inference: memory of the same; None where it was not compiled.
@@ -63,7 +63,7 @@ def costs_of(config: Resolved, holders: int, compiled: bool = True, rich: bool =
     train, infer = method.client_work(batch).train, method.client_work(image).infer
     messages = messages_of(method, batch, often)
     return Costs(
-        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(infer.arguments[0])),
+        parameters=plan(config).client_params,
         images_a_step=images,
         often=often,
         step=flops_of(train),

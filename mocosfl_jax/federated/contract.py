@@ -131,6 +131,16 @@ class Work(NamedTuple):
     replaces: bool
 
 
+class Trained(NamedTuple):
+    """Parameters by where they are trained, or lie frozen.
+
+    client: of one client. server: the server's own; empty where it only averages.
+    """
+
+    client: Tree
+    server: Tree
+
+
 class ClientWork(NamedTuple):
     """train: a whole step. infer: its part of the trained network, in evaluation."""
 
@@ -212,6 +222,10 @@ class Method(Protocol):
 
         cohort: without padding, in the middle of a round, where participants may differ; else None.
         """
+
+    def trained(self, server: Tree) -> Trained:
+        """All parameters but those of key encoders and target networks, each once; also such that
+        `network` leaves out, a predictor for example. Running statistics are no parameters."""
 
     def sharded(self, server: Tree) -> Tree:
         """Which leaves may be sharded over the mesh axis `server`, by their last dimension.

@@ -14,6 +14,7 @@ from mocosfl_jax.federated.contract import (
     Message,
     Method,
     Normalisation,
+    Trained,
     Tree,
     Work,
 )
@@ -46,6 +47,11 @@ class WholeNetwork(AlikeRounds):
     def network(self, server: Any, cohort: Tree | None) -> Variables:
         """That of the last sync, also in the middle of a round."""
         return server
+
+    def trained(self, server: Any) -> Trained:
+        """Clients have the whole network."""
+        client, params, _ = cast(Method, self).network(server, None)
+        return Trained((client, params), ())
 
     def sharded(self, server: Any) -> Tree:
         """Nothing: every participant has the whole network anyway."""

@@ -96,8 +96,8 @@ class Memory:
 class Plan:
     """Sizes of a run.
 
-    client_params, server_params: numbers of parameters of the exported network, which has no
-      predictor; the head is with the server. Where a method cuts no network, clients have all.
+    client_params, server_params: numbers of parameters of one client and of the server
+      (`Method.trained`).
     bytes_up_per_client_round, bytes_down_per_client_round: what a participant sends and receives in
       a round of `steps_per_round` full batches (`Method.traffic`). bytes_down_per_client_once: what
       it receives before its first round.
@@ -121,10 +121,7 @@ def plan(config: Resolved) -> Plan:
     """Nothing is computed or compiled: shapes only."""
     method = program_of(config).method
     state = _state_shapes(config, method)
-    network = jax.eval_shape(lambda: method.network(state.server, None))
-    on_client, on_server = _count(network.client), _count(network.server)
-    if "cut" not in find_recipe(config.method).reads:
-        on_client, on_server = on_client + on_server, 0
+    trained = method.trained(state.server)
     syncs = sum(config.sync_steps)
     a_round = {"step": config.steps_per_round, "sync": syncs, "round": 1, "once": 0}
     once = {"step": 0, "sync": 0, "round": 0, "once": 1}
@@ -136,8 +133,8 @@ def plan(config: Resolved) -> Plan:
     # A rich client counts as several others: its models are counted as often, which is too many.
     slots = -(-blocks_of(config) // method.chunks)
     return Plan(
-        client_params=on_client,
-        server_params=on_server,
+        client_params=_count(trained.client),
+        server_params=_count(trained.server),
         bytes_up_per_client_round=_bytes_sent(traffic, True, a_round),
         bytes_down_per_client_round=_bytes_sent(traffic, False, a_round),
         bytes_down_per_client_once=_bytes_sent(traffic, False, once),

@@ -18,6 +18,7 @@ from mocosfl_jax.federated.contract import (
     Message,
     Metric,
     StepResult,
+    Trained,
     Tree,
     Work,
 )
@@ -174,6 +175,10 @@ class LocalTraining(AlikeRounds):
         """That of the last sync, also in the middle of a round."""
         params, stats = server.model.params, server.model.stats
         return Variables(params["client"], params["server"], stats["head"])
+
+    def trained(self, server: Server) -> Trained:
+        """Clients have all parts of the model."""
+        return Trained(server.model.params, ())
 
     def sharded(self, server: Server) -> Tree:
         """Nothing: every participant has the whole network anyway."""
