@@ -63,7 +63,7 @@ def test_local_epochs_make_rounds_longer_and_fewer():
     config = resolved(num_clients=20, cohort_size=5, batch_size=128, local_epochs=5, epochs=100)
     assert (config.steps_per_round, config.rounds) == (5 * 2500 // 128, 80)
     assert resolved(steps_per_round=7, local_epochs=5).steps_per_round == 7
-    fewer = resolved(num_clients=500, batch_size=128, local_epochs=5)  # 100 images a client
+    fewer = resolved(num_clients=500, cohort_size=9, batch_size=128, local_epochs=5)  # 100 images
     assert fewer.steps_per_round == 5
     with pytest.raises(InputError, match=r"config.local_epochs = 50000: with .* 1 to 42949$"):
         resolved(num_clients=50, local_epochs=50_000)
