@@ -211,6 +211,7 @@ def _machine_checks(config: "Resolved", prepared: "Prepared") -> Iterator[Callab
     from mocosfl_jax.machine import device_memory_bytes, machine_memory_bytes
     from mocosfl_jax.run.plan import check_clients_fit, check_fits
     from mocosfl_jax.run.program import program_of
+    from mocosfl_jax.run.progress import describe_padding
     from mocosfl_jax.run.rounds import Rounds
 
     def devices() -> None:
@@ -223,6 +224,8 @@ def _machine_checks(config: "Resolved", prepared: "Prepared") -> Iterator[Callab
             placement = single_device()
         program = program_of(config, placement)
         rounds = Rounds(config, placement, program)
+        if line := describe_padding(rounds.slots):
+            print(line)
         check_fits(config, rounds.bytes_a_device(), device_memory_bytes(placement.local_devices))
 
     yield devices

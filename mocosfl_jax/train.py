@@ -40,7 +40,7 @@ from mocosfl_jax.run.metrics import (
 from mocosfl_jax.run.plan import check_clients_fit, check_fits
 from mocosfl_jax.run.processes import Startup, common_fields, is_primary, several
 from mocosfl_jax.run.program import check_labels, program_of
-from mocosfl_jax.run.progress import Progress, describe_data
+from mocosfl_jax.run.progress import Progress, describe_data, describe_padding
 from mocosfl_jax.run.recorder import CollapseError, NonFiniteError, Recorder
 from mocosfl_jax.run.rounds import Rounds, place_inputs, run_constants
 from mocosfl_jax.run.source import load_source, with_init_digest
@@ -116,6 +116,8 @@ def train(
         wall_before = clock.wall_seconds
         workdir.record(config, dataset.info)
         describe_data(progress, partition, dataset)
+        if line := describe_padding(rounds.slots):
+            progress.say(line)
         if step:
             progress.say(f"resumed at step {step} of {config.total_steps}")
         if begun.gaps:

@@ -17,6 +17,7 @@ from mocosfl_jax.federated.slots import Slots, spread
 from mocosfl_jax.federated.state import PADDING, TrainState, begin_round, create_state, end_round
 from mocosfl_jax.methods.mocosfl.method import MocoSFL
 from mocosfl_jax.run.program import program_of
+from mocosfl_jax.run.progress import describe_padding
 from tests.slow_reference import (
     assert_round_matches,
     assert_step_matches,
@@ -191,6 +192,26 @@ def test_parts_that_stay_in_the_cache_have_clients_of_both_kinds():
     assert program_of(few).method.chunks == 1
 
 
+@pytest.mark.parametrize(
+    ("clients", "data", "factor", "devices", "computed", "times"),
+    [
+        (0.2, 0.8, 16, 1, 400, None),
+        (0.2, 0.8, 16, 8, 8 * (3 * 16 + 10), "464 batches for 400 of clients, 1.16 times"),
+        (0.2, 0.8, 16, 10, 400, None),
+        (0.5, 0.5, 4, 4, 4 * (13 * 4 + 13), None),  # 1.04 times
+        (0.5, 0.5, 4, 16, 16 * (4 * 4 + 4), "320 batches for 250 of clients, 1.28 times"),
+        (0.0, 0.0, 1, 8, 8 * 13, None),
+    ],
+)
+def test_more_padding_than_a_tenth_is_said(clients, data, factor, devices, computed, times):
+    """Whole clients of either kind are spread over the devices."""
+    rich = {"data": data, "batch_factor": factor} if clients else {}
+    slots = Slots(groups_of(config(clients=clients, **rich)), devices)
+    assert len(slots.blocks) == computed
+    line = describe_padding(slots)
+    assert line is None if times is None else times in line
+
+
 def products_of_a_step(settings: Resolved, parts: int = 1) -> int:
     """Multiply-adds of the traced step, padding included. parts: devices, one after another."""
     method, slots = program_of(settings).method, Slots(groups_of(settings), parts)
@@ -219,9 +240,9 @@ def products_of_a_step(settings: Resolved, parts: int = 1) -> int:
 @pytest.mark.parametrize(
     ("clients", "data", "factor", "rows"), [(0.2, 0.8, 16, 400), (0.5, 0.5, 4, 250)]
 )
-def test_padding_is_at_most_a_tenth_in_the_settings_of_the_paper(clients, data, factor, rows):
-    """Work in proportion to the true rows, on one device and on four: that of as many clients alike
-    with as many rows; all batches as large as the largest would take 4.0 and 1.6 of it."""
+def test_padding_is_at_most_a_tenth_on_one_device_and_on_four(clients, data, factor, rows):
+    """In the settings of the paper. Work in proportion to the true rows: that of as many clients
+    alike with as many rows; all batches as large as the largest would take 4.0 and 1.6 of it."""
     rich = config(clients=clients, data=data, batch_factor=factor)
     assert blocks_of(rich) * rich.batch_size == rows
     alike = products_of_a_step(config(50, batch_size=rows // 50))

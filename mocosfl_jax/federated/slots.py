@@ -61,6 +61,11 @@ class Slots:
         return taken[np.argsort(self.clients[taken])]
 
     @property
+    def excess(self) -> float:
+        """Blocks that are computed, as a multiple of those of clients."""
+        return len(self.blocks) / sum(group.clients * group.blocks for group in self.groups)
+
+    @property
     def in_order(self) -> bool:
         """Whether member i has slot i, so that padding comes last."""
         return bool(np.all(self.of_cohort == np.arange(len(self.of_cohort))))

@@ -9,8 +9,11 @@ from mocosfl_jax.config import Resolved
 from mocosfl_jax.data.dataset import Dataset, DatasetInfo
 from mocosfl_jax.data.partition import ClientImages, describe
 from mocosfl_jax.federated.contract import Status
+from mocosfl_jax.federated.slots import Slots
 
 SECONDS_BETWEEN_LINES = 20.0
+MOST_EXCESS = 1.1
+"""Of computed rows over true ones, that goes without saying."""
 
 
 class Progress:
@@ -89,3 +92,15 @@ def _of(info: DatasetInfo) -> str:
     shown = f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else ""
     classes = f" of {info.num_classes} classes{shown}" if info.num_classes else ", without labels"
     return f"{classes}; the test images are held out" if info.held_out else classes
+
+
+def describe_padding(slots: Slots) -> str | None:
+    """A line where more than a tenth of the true rows is computed for nothing; None: it is less."""
+    if slots.excess <= MOST_EXCESS:
+        return None
+    computed, kinds = len(slots.blocks), " and ".join(f"{g.clients}" for g in slots.groups)
+    return (
+        f"padding: a step computes {computed} batches for {round(computed / slots.excess)} of"
+        f" clients, {slots.excess:.2f} times as many: {slots.parts} devices, or chunks on them, do"
+        f" not divide {kinds} clients evenly"
+    )
