@@ -40,12 +40,12 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 class Bench:
-    """A method on one network, compiled."""
+    """Rounds of a run, compiled. A dispatch of so many `steps` ends with its only sync."""
 
-    def __init__(self, network: str, method: str, steps: int):
-        raw = default_config(METHODS[method].get("method", "mocosfl"))
-        raw.update({**SHARED, **NETWORKS[network], **METHODS[method]})
-        self.config = config = resolve(check_types(raw), CIFAR10)
+    def __init__(self, steps: int, **fields: Any):
+        raw = default_config(fields.get("method", "mocosfl"))
+        raw.update(fields)
+        config = resolve(check_types(raw), CIFAR10)
         program = program_of(config)
         clients, slots = config.num_clients, config.cohort_size
         shape = (steps, slots, config.batch_size, config.image_size, config.image_size, 3)
@@ -90,7 +90,10 @@ class Bench:
 
 
 def measure(network: str, repeats: int, steps: int) -> dict[str, Any]:
-    benches = {method: Bench(network, method, steps) for method in METHODS}
+    benches = {
+        method: Bench(steps, **SHARED, **NETWORKS[network], **fields)
+        for method, fields in METHODS.items()
+    }
     steps_a_round = CIFAR10.num_train // (CLIENTS * BATCH)
     for bench in benches.values():  # pages are touched for the first time
         bench.step_seconds()
