@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import hardness
+from benchmarks import divergence, hardness
 from mocosfl_jax.config.stored import run_values
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.federated.placement import single_device
@@ -72,6 +72,16 @@ def test_steps_with_a_sync_log_what_is_measured(whole):
     assert all(line["divergence"] > 0 for line in found if "divergence" in line)
     ages = [[i for i in range(1, 5) if f"similarity_age_{i}" in line] for line in found]
     assert ages == [[], [1], [1, 2], [], [1, 2, 3], [1, 2, 3]]  # as keys are written
+
+
+def test_the_report_of_divergence_is_what_was_logged(whole, tmp_path):
+    folder, _ = whole
+    logged = [line["divergence"] for line in lines(folder) if "divergence" in line]
+    row = divergence.report(folder)
+    assert (row["averages"], row["first"], row["last"]) == (4, logged[0], logged[-1])
+    assert (row["largest"], row["mean"]) == (max(logged), pytest.approx(np.mean(logged)))
+    divergence.plot([folder], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_fit_takes_the_last_complete_measurements(whole, tmp_path):
