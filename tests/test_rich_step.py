@@ -196,10 +196,24 @@ def test_parts_that_stay_in_the_cache_have_clients_of_both_kinds():
     ("clients", "data", "factor", "devices", "computed", "times"),
     [
         (0.2, 0.8, 16, 1, 400, None),
-        (0.2, 0.8, 16, 8, 8 * (3 * 16 + 10), "464 batches for 400 of clients, 1.16 times"),
+        (
+            0.2,
+            0.8,
+            16,
+            8,
+            8 * (3 * 16 + 10),
+            "464 batches for the 400 of its clients (1.16 times): 20 and 80",
+        ),
         (0.2, 0.8, 16, 10, 400, None),
         (0.5, 0.5, 4, 4, 4 * (13 * 4 + 13), None),  # 1.04 times
-        (0.5, 0.5, 4, 16, 16 * (4 * 4 + 4), "320 batches for 250 of clients, 1.28 times"),
+        (
+            0.5,
+            0.5,
+            4,
+            16,
+            16 * (4 * 4 + 4),
+            "320 batches for the 250 of its clients (1.28 times): 50 and 50",
+        ),
         (0.0, 0.0, 1, 8, 8 * 13, None),
     ],
 )

@@ -100,7 +100,7 @@ def describe_padding(slots: Slots) -> str | None:
         return None
     computed, kinds = len(slots.blocks), " and ".join(f"{g.clients}" for g in slots.groups)
     return (
-        f"padding: a step computes {computed} batches for {round(computed / slots.excess)} of"
-        f" clients, {slots.excess:.2f} times as many: {slots.parts} devices, or chunks on them, do"
-        f" not divide {kinds} clients evenly"
+        f"padding: a step computes {computed} batches for the {round(computed / slots.excess)} of"
+        f" its clients ({slots.excess:.2f} times): {kinds} clients do not divide evenly among"
+        f" {slots.parts} devices or chunks"
     )
