@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mocosfl_jax.config import Resolved
+from benchmarks.hardness import config_of
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.run.metrics import read_metrics
-from mocosfl_jax.run.plan import plan
-from mocosfl_jax.run.workdir import read_stored
+from mocosfl_jax.run.plan import client_parameters
 
 
 def measured(workdir: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -37,13 +36,11 @@ def measured(workdir: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def report(workdir: Path) -> dict[str, Any]:
     """Raises: InputError: see `measured`; or no run lies there."""
+    config = config_of(workdir)
     _, values = measured(workdir)
-    stored = read_stored(workdir)
-    if stored is None or not isinstance(stored.config, Resolved):
-        raise InputError("--workdir", str(workdir), "the folder of a run is needed")
     return {
-        "run": workdir.name,
-        "parameters": plan(stored.config).client_params,
+        "run": str(workdir),
+        "parameters": client_parameters(config),
         "averages": len(values),
         "first": float(values[0]),
         "largest": float(values.max()),
@@ -59,7 +56,7 @@ def plot(workdirs: list[Path], path: Path) -> None:
     figure = Figure(figsize=(6.4, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     for workdir in workdirs:
-        axes.semilogy(*measured(workdir), "o-", markersize=3, label=workdir.name)
+        axes.semilogy(*measured(workdir), "o-", markersize=3, label=workdir.absolute().name)
     axes.set_xlabel("step")
     axes.set_ylabel("divergence at an average")
     axes.grid(alpha=0.3)
@@ -75,7 +72,7 @@ def main() -> None:
     try:
         for workdir in args.workdir:
             print(json.dumps(report(workdir)))
-    except (InputError, ValueError) as error:
+    except InputError as error:
         raise SystemExit(str(error)) from None
     if args.plot:
         plot(args.workdir, args.plot)

@@ -23,15 +23,20 @@ from mocosfl_jax.run.metrics import read_metrics
 from mocosfl_jax.run.workdir import read_stored
 
 
+def config_of(workdir: Path) -> Resolved:
+    """The config of a run. Raises: InputError: none lies there."""
+    stored = read_stored(workdir)
+    if stored is None or not isinstance(stored.config, Resolved):
+        raise InputError("--workdir", str(workdir), "the folder of a run is needed")
+    return stored.config
+
+
 def measured(workdir: Path, last: int, until: int) -> tuple[Resolved, list[int], np.ndarray]:
     """A run's config, the steps of its last measurements up to a step, and their mean by age, (A,).
 
     Raises: InputError: no run lies there, or none that measured every age.
     """
-    stored = read_stored(workdir)
-    if stored is None or not isinstance(stored.config, Resolved):
-        raise InputError("--workdir", str(workdir), "the folder of a run is needed")
-    config = stored.config
+    config = config_of(workdir)
     names = [f"similarity_age_{age}" for age in range(1, queue_steps(config) + 1)]
     lines = read_metrics(workdir / "metrics.jsonl")
     complete = [line for line in lines.values() if all(name in line for name in names)]

@@ -71,7 +71,7 @@ class Bench:
         def turn(state: Any) -> Any:
             return begin_round(program.method, end_round(program.method, state), state.cohort_ids)
 
-        self._turn = jax.jit(turn, donate_argnums=0).lower(self.state).compile()
+        self._turn = jax.jit(turn, donate_argnums=0)
         arguments = (self.state, self.inputs, self.constants)
         self._dispatch = jax.jit(dispatch, donate_argnums=0).lower(*arguments).compile()
 

@@ -1,11 +1,12 @@
 """What a run with `measure.hardness` and `measure.divergence` takes, beside one without.
 
-    python -m benchmarks.measures [--repeats 9] [--networks narrow,resnet18] [--json FILE]
+    python -m benchmarks.measures [--repeats 9] [--steps 10] [--networks narrow,resnet18]
 
 MocoSFL with 20 clients of 5 images a step, cut 2, the paper's queue of 6,000 keys, shared or
 private; the narrow network of configs/cifar10_cpu.py, or ResNet-18. A dispatch of `steps` steps
 ends with a sync, at which both are measured. Variants are compiled first and then take turns,
-`repeats` times; printed are medians over turns of the ratio to the run without, and the quartiles.
+`repeats` times, each turn in another order; printed are medians over turns of the ratio to the run
+without, and the quartiles.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks.local import NETWORKS, Bench
 
@@ -35,9 +37,9 @@ def measure(network: str, queues: str, repeats: int, steps: int) -> dict[str, An
     for bench in benches.values():  # pages are touched for the first time
         bench.step_seconds()
     seconds: dict[str, list[float]] = {name: [] for name in MEASURES}
-    for _ in range(repeats):
-        for name, bench in benches.items():
-            seconds[name].append(bench.step_seconds())
+    for turn in range(repeats):
+        for name in np.roll(list(MEASURES), turn):
+            seconds[name].append(benches[name].step_seconds())
     return {
         "network": network,
         "queues": queues,
@@ -47,9 +49,8 @@ def measure(network: str, queues: str, repeats: int, steps: int) -> dict[str, An
 
 
 def _ratios(seconds: list[float], without: list[float]) -> dict[str, float]:
-    ratios = [a / b for a, b in zip(seconds, without, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {"median": median, "quartile 1": low, "quartile 3": high}
+    low, median, high = np.quantile(np.divide(seconds, without), (0.25, 0.5, 0.75))
+    return {"median": float(median), "quartile 1": float(low), "quartile 3": float(high)}
 
 
 def main() -> None:

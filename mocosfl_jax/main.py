@@ -211,7 +211,6 @@ def _machine_checks(config: "Resolved", prepared: "Prepared") -> Iterator[Callab
     from mocosfl_jax.machine import device_memory_bytes, machine_memory_bytes
     from mocosfl_jax.run.plan import check_clients_fit, check_fits
     from mocosfl_jax.run.program import program_of
-    from mocosfl_jax.run.progress import describe_padding
     from mocosfl_jax.run.rounds import Rounds
 
     def devices() -> None:
@@ -224,8 +223,6 @@ def _machine_checks(config: "Resolved", prepared: "Prepared") -> Iterator[Callab
             placement = single_device()
         program = program_of(config, placement)
         rounds = Rounds(config, placement, program)
-        if line := describe_padding(rounds.slots):
-            print(line)
         check_fits(config, rounds.bytes_a_device(), device_memory_bytes(placement.local_devices))
 
     yield devices
@@ -240,13 +237,16 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
     from mocosfl_jax.config.data import deal
     from mocosfl_jax.config.fields import METHOD_FIELDS
     from mocosfl_jax.config.recipe import find_recipe
-    from mocosfl_jax.config.rich import draw_of, rich_of
+    from mocosfl_jax.config.rich import draw_of, groups_of, rich_of
     from mocosfl_jax.config.stored import flat_fields, to_json
     from mocosfl_jax.costs.report import step_line
+    from mocosfl_jax.federated.axes import NO_MESH
+    from mocosfl_jax.federated.slots import Slots
     from mocosfl_jax.run.feed import most_draws
     from mocosfl_jax.run.plan import estimate_memory, plan
+    from mocosfl_jax.run.progress import padding_line
 
-    recipe = find_recipe(config.method)
+    recipe, devices = find_recipe(config.method), config.devices or jax.device_count()
     unread = METHOD_FIELDS - recipe.reads
     for name, value in flat_fields(to_json(config)).items():
         if name not in unread:
@@ -288,6 +288,9 @@ sent by a client in a round: {sizes.bytes_up_per_client_round / 1e6:.2f} MB
 received by a client in a round: {sizes.bytes_down_per_client_round / 1e6:.2f} MB{once}
 estimated memory: {one_memory if jax.default_backend() == "cpu" else on_device}"""
     )
+    chunks = recipe.build(config, NO_MESH, devices).chunks
+    if line := padding_line(Slots(groups_of(config), devices * chunks), devices):
+        print(line)
     for note in facts.notes:
         print(note)
     sys.stdout.flush()  # the next line takes its time

@@ -37,10 +37,10 @@ from mocosfl_jax.run.metrics import (
     missing_steps,
     read_metrics,
 )
-from mocosfl_jax.run.plan import check_clients_fit, check_fits
+from mocosfl_jax.run.plan import check_clients_fit, check_fits, plan
 from mocosfl_jax.run.processes import Startup, common_fields, is_primary, several
 from mocosfl_jax.run.program import check_labels, program_of
-from mocosfl_jax.run.progress import Progress, describe_data, describe_padding
+from mocosfl_jax.run.progress import Progress, describe_data, padding_line
 from mocosfl_jax.run.recorder import CollapseError, NonFiniteError, Recorder
 from mocosfl_jax.run.rounds import Rounds, place_inputs, run_constants
 from mocosfl_jax.run.source import load_source, with_init_digest
@@ -93,6 +93,7 @@ def train(
     placement = make_placement(config.devices, config.server_shards)
     program = program_of(config, placement)
     check_labels(config, program, dataset.info)
+    sizes = plan(config)  # not after the training: a method of one's own may lack something
     rounds = Rounds(config, placement, program)
     check_fits(config, rounds.bytes_a_device(), device_memory_bytes(placement.local_devices))
     check_clients_fit(config, machine_memory_bytes())
@@ -116,7 +117,7 @@ def train(
         wall_before = clock.wall_seconds
         workdir.record(config, dataset.info)
         describe_data(progress, partition, dataset)
-        if line := describe_padding(rounds.slots):
+        if line := padding_line(rounds.slots, placement.devices):
             progress.say(line)
         if step:
             progress.say(f"resumed at step {step} of {config.total_steps}")
@@ -223,9 +224,8 @@ def train(
         most = partial(most_draws, config, dataset.info, partition)
         facts = find_recipe(config.method).facts(config, most)
         facts = facts.with_others(ledger.facts()) if ledger else facts
-        summary = summarize(
-            config, identity.digest, encoder, clock, results, dataset, placement, begun.gaps, facts
-        )
+        about = (dataset, placement, begun.gaps, facts, sizes)
+        summary = summarize(config, identity.digest, encoder, clock, results, *about)
         if is_primary():
             write_json(workdir.summary_path, summary)
     return summary

@@ -18,6 +18,7 @@ from mocosfl_jax.config.stored import config_from_json, to_json
 from mocosfl_jax.federated import placement
 from mocosfl_jax.federated.placement import single_device
 from mocosfl_jax.main import main
+from mocosfl_jax.methods.local.merge import MERGES
 from mocosfl_jax.methods.local.recipe import Local
 from mocosfl_jax.run.checkpoint import Identity, data_digest, find_newest
 from mocosfl_jax.run.program import program_of
@@ -50,6 +51,10 @@ FIELDS = {  # sizes differ, and a client may be absent in a round
     "tensorboard": False,
     "progress": False,
 }
+PADDING = (
+    "padding: a step computes 4 batches, 3 of them of clients (1.33 times as many): 4 devices"
+    " cannot share 3 clients evenly"
+)
 TOLERANCE = 1e-3  # of a leaf's largest value: sums are added in another order
 
 
@@ -126,10 +131,11 @@ def test_a_baseline_resumes_bit_for_bit(name, whole, npz, tmp_path, stop_at):
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
-def test_a_baseline_runs_on_four_devices(name, whole, npz, tmp_path, monkeypatch):
+def test_a_baseline_runs_on_four_devices(name, whole, npz, tmp_path, monkeypatch, capsys):
     """3 slots are padded to 4, and 5 clients to 8, as the population is sharded there."""
     monkeypatch.setattr(placement, "SHARDED_FROM", 0)
     assert main(command(name, tmp_path, npz, devices=4)) == 0
+    assert PADDING in capsys.readouterr().out.splitlines()
     spread, state = saved_state(tmp_path), saved_state(whole(name))
     assert_close(
         (spread.server, spread.population), (state.server, state.population), name, TOLERANCE
@@ -151,6 +157,20 @@ def test_a_baseline_has_the_published_setting(name):
     if name != "fedavg":
         head = program_of(config).method.model.head
         assert (head.hidden, head.width, head.batch_norm) == (4096, 2048, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "merge"),
+    [
+        *[(name, "fedema") for name in ("fedavg", "fl_simclr", "fl_simsiam", "fl_moco", "fl_byol")],
+        *[(name, "fedu") for name in ("fl_simsiam", "fl_byol")],
+    ],
+)
+def test_rules_go_with_objectives(name, merge):
+    raw = runpy.run_path(str(BASELINES[name]))["get_config"]()
+    raw.local.merge = merge
+    rule = program_of(resolve(check_types(raw), CIFAR10)).method.merge
+    assert type(rule) is MERGES[merge]
 
 
 @pytest.mark.parametrize(
@@ -212,8 +232,9 @@ def test_a_dry_run_leaves_out_what_is_not_read(name, npz, tmp_path, capsys, whol
     """Clients train the whole network: there is no cut, and no server's share of the parameters."""
     folder = whole(name)
     capsys.readouterr()
-    assert main(command(name, tmp_path / "run", npz, "--dry_run")) == 0
+    assert main(command(name, tmp_path / "run", npz, "--dry_run", devices=4)) == 0
     out = capsys.readouterr().out.splitlines()
+    assert PADDING in out
     names = [line.partition(":")[0] for line in out]
     assert "queue_length" in names
     assert not {"cut", "loss", "client parameters", "server parameters"} & set(names)

@@ -26,7 +26,7 @@ from tests.test_baselines import BASELINES, saved_state
 from tests.test_config import CIFAR10
 from tests.tiny_method import assert_equal
 
-BYOL = {
+SHORT = {
     "rounds": 1,
     "steps_per_round": 2,
     "steps_per_dispatch": 1,
@@ -45,13 +45,13 @@ def npz(tmp_path_factory) -> Path:
 def trained(npz, tmp_path_factory) -> Path:
     """The folder of a run of FL-BYOL."""
     folder = tmp_path_factory.mktemp("byol") / "run"
-    fields = {name: x for name, x in {**tiny.FIELDS, **BYOL}.items() if name not in UNREAD}
+    fields = {name: x for name, x in {**tiny.FIELDS, **SHORT}.items() if name not in UNREAD}
     flags = [f"--config.{name}={x}" for name, x in {"dataset": f"npz:{npz}", **fields}.items()]
     assert main(["main", f"--config={BASELINES['fl_byol']}", f"--workdir={folder}", *flags]) == 0
     return folder
 
 
-def test_what_its_end_gives_the_command_finds_again(trained):
+def test_evaluate_reproduces_the_summary(trained):
     path = trained / "summary.json"
     before = json.loads(path.read_text())
     wrong = {"knn_top1": 1.0, "linear_top1": 2.0}

@@ -10,6 +10,7 @@ import pytest
 from mocosfl_jax.federated.contract import Batch, Normalisation
 from mocosfl_jax.federated.state import begin_round, create_state, end_round
 from mocosfl_jax.methods.local.merge import Average, FedEMA, FedU, first_record
+from mocosfl_jax.methods.local.state import Model, Record
 from tests.tiny_local import EMA, SIZE, local, moved
 from tests.tiny_method import assert_close, at
 
@@ -160,6 +161,29 @@ def test_five_rounds_are_what_numpy_gives(objective, name):
     assert hand.seen == cases[name]
 
 
+@pytest.mark.parametrize(("moved_by", "mu"), [(0.5, 0.35), (3.0, 1.0)])
+def test_statistics_are_merged_as_parameters_are(moved_by, mu):
+    """lambda 0.7; FedU keeps all of a predictor from 0.35 on."""
+    own, mean = (
+        Model(
+            {part: {"w": np.float32(value + i)} for i, part in enumerate(("server", "predictor"))},
+            {part: np.float32(2 * value - i) for i, part in enumerate(("head", "predictor"))},
+        )
+        for value in (3.0, 8.0)
+    )
+    record = Record(jnp.int32(4), jnp.float32(moved_by), jnp.float32(0.7))
+    found = {
+        name: rule.start(mean, rule.kept(own), record, jnp.int32(5)) for name, rule in RULES.items()
+    }
+    assert_close(found["average"], mean, "average", 1e-6)
+    assert_close(found["fedema"], mixed(mu, own, mean), "fedema", 1e-6)
+    kept = Model(
+        {**mean.params, "predictor": own.params["predictor"]},
+        {**mean.stats, "predictor": own.stats["predictor"]},
+    )
+    assert_close(found["fedu"], kept, "fedu", 1e-6)
+
+
 def test_between_syncs_there_is_no_divergence_and_no_new_average():
     method = local("byol", FedEMA(TAU))
     state = new_state(method)
@@ -186,6 +210,8 @@ def test_a_divergence_of_zero_is_no_infinite_scale():
         ("byol", "average", {"target", "record"}),
         ("byol", "fedu", {"model", "target", "record"}),
         ("byol", "fedema", {"model", "target", "record"}),
+        ("supervised", "fedema", {"model", "record"}),
+        ("moco", "fedema", {"model", "queue", "record"}),
     ],
 )
 def test_a_client_keeps_what_its_method_needs(objective, rule, kept):
@@ -194,5 +220,5 @@ def test_a_client_keeps_what_its_method_needs(objective, rule, kept):
     own = jax.eval_shape(method.own, server, jax.random.key(0))
     assert {name for name, part in vars(own).items() if jax.tree.leaves(part)} == kept
     if rule != "average":
-        parts = {"fedu": {"predictor"}, "fedema": {"client", "server", "predictor"}}
-        assert own.model.params.keys() == parts[rule]
+        all_parts = set(server.model.params)
+        assert own.model.params.keys() == {"fedu": {"predictor"}, "fedema": all_parts}[rule]

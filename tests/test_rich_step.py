@@ -17,7 +17,7 @@ from mocosfl_jax.federated.slots import Slots, spread
 from mocosfl_jax.federated.state import PADDING, TrainState, begin_round, create_state, end_round
 from mocosfl_jax.methods.mocosfl.method import MocoSFL
 from mocosfl_jax.run.program import program_of
-from mocosfl_jax.run.progress import describe_padding
+from mocosfl_jax.run.progress import padding_line
 from tests.slow_reference import (
     assert_round_matches,
     assert_step_matches,
@@ -202,7 +202,7 @@ def test_parts_that_stay_in_the_cache_have_clients_of_both_kinds():
             16,
             8,
             8 * (3 * 16 + 10),
-            "464 batches for the 400 of its clients (1.16 times): 20 and 80",
+            "464 batches, 400 of them of clients (1.16 times as many): 8 devices cannot share 20",
         ),
         (0.2, 0.8, 16, 10, 400, None),
         (0.5, 0.5, 4, 4, 4 * (13 * 4 + 13), None),  # 1.04 times
@@ -212,7 +212,7 @@ def test_parts_that_stay_in_the_cache_have_clients_of_both_kinds():
             4,
             16,
             16 * (4 * 4 + 4),
-            "320 batches for the 250 of its clients (1.28 times): 50 and 50",
+            "320 batches, 250 of them of clients (1.28 times as many): 16 devices cannot share 50 ",
         ),
         (0.0, 0.0, 1, 8, 8 * 13, None),
     ],
@@ -221,8 +221,8 @@ def test_more_padding_than_a_tenth_is_said(clients, data, factor, devices, compu
     """Whole clients of either kind are spread over the devices."""
     rich = {"data": data, "batch_factor": factor} if clients else {}
     slots = Slots(groups_of(config(clients=clients, **rich)), devices)
-    assert len(slots.blocks) == computed
-    line = describe_padding(slots)
+    assert len(slots.blocks) == slots.computed_blocks == computed
+    line = padding_line(slots, devices)
     assert line is None if times is None else times in line
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
@@ -21,6 +22,7 @@ from mocosfl_jax.federated.placement import single_device
 from mocosfl_jax.main import main
 from mocosfl_jax.randomness import Stream, device_key
 from mocosfl_jax.run.checkpoint import Identity, data_digest, find_newest
+from mocosfl_jax.run.plan import plan
 from mocosfl_jax.run.program import program_of
 from mocosfl_jax.run.rounds import Rounds
 from mocosfl_jax.run.workdir import read_stored
@@ -292,6 +294,16 @@ def test_a_dry_run_counts_what_travels_and_what_a_step_takes(data, whole, tmp_pa
     assert (summary["client_params"], summary["server_params"]) == (parameters, 0)
     for direction in ("up", "down"):
         assert summary[f"bytes_{direction}_per_client_round"] == 4 * parameters
+
+
+def test_parameters_of_a_network_that_is_computed_are_counted(whole, monkeypatch):
+    def mean_of_two(self, server, cohort):
+        return jax.tree.map(lambda x: jnp.stack([x, x]).mean(axis=0), server)
+
+    config = read_stored(whole).config
+    before = plan(config)
+    monkeypatch.setattr(type(program_of(config).method), "network", mean_of_two)
+    assert plan(config) == before
 
 
 def test_what_a_step_takes_grows_with_its_slots_and_images(whole):

@@ -74,7 +74,7 @@ def _filled(config: Config, info: DatasetInfo, holders: int) -> Config:
         visits = config.num_clients / (config.cohort_size * config.local_epochs)
         fill("rounds", math.ceil(config.epochs * visits))
         held = config.images_per_client or info.num_train / all_blocks(config)
-        passes = config.local_epochs  # each is a step at least
+        passes = config.local_epochs  # each is at least one step
         fill("steps_per_round", max(passes, int(passes * held / config.batch_size)))
     images_a_round = config.steps_per_round * rows
     fill("rounds", max(1, round(config.epochs * info.num_train / images_a_round)))

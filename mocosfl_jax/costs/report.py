@@ -18,7 +18,7 @@ from mocosfl_jax.costs.communication import (
 from mocosfl_jax.costs.flops import Flops, flops_of
 from mocosfl_jax.costs.memory import Memory, memory_of
 from mocosfl_jax.costs.paper import MB, G, PaperCosts, paper_costs
-from mocosfl_jax.run.plan import plan
+from mocosfl_jax.run.plan import client_parameters
 from mocosfl_jax.run.program import program_of
 
 
@@ -63,7 +63,7 @@ def costs_of(config: Resolved, holders: int, compiled: bool = True, rich: bool =
     train, infer = method.client_work(batch).train, method.client_work(image).infer
     messages = messages_of(method, batch, often)
     return Costs(
-        parameters=plan(config).client_params,
+        parameters=client_parameters(config),
         images_a_step=images,
         often=often,
         step=flops_of(train),

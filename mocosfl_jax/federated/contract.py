@@ -131,11 +131,8 @@ class Work(NamedTuple):
     replaces: bool
 
 
-class Trained(NamedTuple):
-    """Parameters by where they are trained, or lie frozen.
-
-    client: of one client. server: the server's own; empty where it only averages.
-    """
+class Parameters(NamedTuple):
+    """client: those of one client. server: the server's own; empty where it only averages."""
 
     client: Tree
     server: Tree
@@ -223,9 +220,12 @@ class Method(Protocol):
         cohort: without padding, in the middle of a round, where participants may differ; else None.
         """
 
-    def trained(self, server: Tree) -> Trained:
-        """All parameters but those of key encoders and target networks, each once; also such that
-        `network` leaves out, a predictor for example. Running statistics are no parameters."""
+    def parameters(self, server: Tree) -> Parameters:
+        """The parameters of one client and of the server, each once, including those that `network`
+        leaves out, such as a predictor.
+
+        Without key encoders, target networks, simulated attackers and running statistics.
+        """
 
     def sharded(self, server: Tree) -> Tree:
         """Which leaves may be sharded over the mesh axis `server`, by their last dimension.

@@ -61,9 +61,14 @@ class Slots:
         return taken[np.argsort(self.clients[taken])]
 
     @property
-    def excess(self) -> float:
-        """Blocks that are computed, as a multiple of those of clients."""
-        return len(self.blocks) / sum(group.clients * group.blocks for group in self.groups)
+    def computed_blocks(self) -> int:
+        """Blocks of all slots."""
+        return self.parts * sum(-(-g.clients // self.parts) * g.blocks for g in self.groups)
+
+    @property
+    def true_blocks(self) -> int:
+        """Those that are a client's; the rest is padding."""
+        return sum(group.clients * group.blocks for group in self.groups)
 
     @property
     def in_order(self) -> bool:

@@ -14,7 +14,7 @@ from mocosfl_jax.federated.contract import (
     Message,
     Method,
     Normalisation,
-    Trained,
+    Parameters,
     Tree,
     Work,
 )
@@ -48,10 +48,10 @@ class WholeNetwork(AlikeRounds):
         """That of the last sync, also in the middle of a round."""
         return server
 
-    def trained(self, server: Any) -> Trained:
+    def parameters(self, server: Any) -> Parameters:
         """Clients have the whole network."""
         client, params, _ = cast(Method, self).network(server, None)
-        return Trained((client, params), ())
+        return Parameters((client, params), ())
 
     def sharded(self, server: Any) -> Tree:
         """Nothing: every participant has the whole network anyway."""

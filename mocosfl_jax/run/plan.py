@@ -97,7 +97,7 @@ class Plan:
     """Sizes of a run.
 
     client_params, server_params: numbers of parameters of one client and of the server
-      (`Method.trained`).
+      (`Method.parameters`).
     bytes_up_per_client_round, bytes_down_per_client_round: what a participant sends and receives in
       a round of `steps_per_round` full batches (`Method.traffic`). bytes_down_per_client_once: what
       it receives before its first round.
@@ -121,7 +121,7 @@ def plan(config: Resolved) -> Plan:
     """Nothing is computed or compiled: shapes only."""
     method = program_of(config).method
     state = _state_shapes(config, method)
-    trained = method.trained(state.server)
+    parameters = jax.eval_shape(method.parameters, state.server)
     syncs = sum(config.sync_steps)
     a_round = {"step": config.steps_per_round, "sync": syncs, "round": 1, "once": 0}
     once = {"step": 0, "sync": 0, "round": 0, "once": 1}
@@ -133,8 +133,8 @@ def plan(config: Resolved) -> Plan:
     # A rich client counts as several others: its models are counted as often, which is too many.
     slots = -(-blocks_of(config) // method.chunks)
     return Plan(
-        client_params=_count(trained.client),
-        server_params=_count(trained.server),
+        client_params=_count(parameters.client),
+        server_params=_count(parameters.server),
         bytes_up_per_client_round=_bytes_sent(traffic, True, a_round),
         bytes_down_per_client_round=_bytes_sent(traffic, False, a_round),
         bytes_down_per_client_once=_bytes_sent(traffic, False, once),
@@ -143,6 +143,12 @@ def plan(config: Resolved) -> Plan:
         bytes_up_per_rich_client_round=rich_up,
         bytes_down_per_rich_client_round=rich_down,
     )
+
+
+def client_parameters(config: Resolved) -> int:
+    """Their number; that of a plan, by itself."""
+    method, key = program_of(config).method, jax.random.key(0)
+    return _count(jax.eval_shape(lambda: method.parameters(method.init(key, key))).client)
 
 
 def _bytes_sent(traffic: tuple[Message, ...], up: bool, times: dict[str, int]) -> int:

@@ -12,8 +12,8 @@ from mocosfl_jax.federated.contract import Status
 from mocosfl_jax.federated.slots import Slots
 
 SECONDS_BETWEEN_LINES = 20.0
-MOST_EXCESS = 1.1
-"""Of computed rows over true ones, that goes without saying."""
+UNTOLD = 1.1
+"""Largest ratio of computed to true rows that is not reported."""
 
 
 class Progress:
@@ -94,13 +94,17 @@ def _of(info: DatasetInfo) -> str:
     return f"{classes}; the test images are held out" if info.held_out else classes
 
 
-def describe_padding(slots: Slots) -> str | None:
-    """A line where more than a tenth of the true rows is computed for nothing; None: it is less."""
-    if slots.excess <= MOST_EXCESS:
+def padding_line(slots: Slots, devices: int) -> str | None:
+    """What a person is told of the padding of a step; None: it is little."""
+    computed, true = slots.computed_blocks, slots.true_blocks
+    if computed <= UNTOLD * true:
         return None
-    computed, kinds = len(slots.blocks), " and ".join(f"{g.clients}" for g in slots.groups)
+    chunks = slots.parts // devices
+    parts = f"{devices} devices" if devices > 1 else "1 device"
+    parts += f" with {chunks} chunks each" if chunks > 1 else ""
+    uneven = [str(group.clients) for group in slots.groups if group.clients % slots.parts]
     return (
-        f"padding: a step computes {computed} batches for the {round(computed / slots.excess)} of"
-        f" its clients ({slots.excess:.2f} times): {kinds} clients do not divide evenly among"
-        f" {slots.parts} devices or chunks"
+        f"padding: a step computes {computed} batches, {true} of them of clients"
+        f" ({computed / true:.2f} times as many): {parts} cannot share {' and '.join(uneven)}"
+        " clients evenly"
     )

@@ -16,7 +16,7 @@ from mocosfl_jax.evaluation.numbers import NUMBERS, TOP1, TRANSFER_NUMBERS, Numb
 from mocosfl_jax.federated.placement import Placement
 from mocosfl_jax.machine import peak_memory_bytes, versions
 from mocosfl_jax.run.clock import Clock
-from mocosfl_jax.run.plan import Plan, plan
+from mocosfl_jax.run.plan import Plan
 from mocosfl_jax.run.storage import read_json
 
 Summary = dict[str, Any]
@@ -35,6 +35,7 @@ def summarize(
     placement: Placement,
     gaps: list[list[int]],
     facts: Facts,
+    sizes: Plan,
 ) -> Summary:
     """The summary of a finished run; `NUMBERS` has the units of its numbers.
 
@@ -51,8 +52,8 @@ def summarize(
       placement: its number of devices is reported.
       gaps: first and last step of each range that metrics.jsonl lacks.
       facts: what the method says of the run.
+      sizes: `plan(config)`. Up to version 0.1.0 `client_params` left out a predictor.
     """
-    sizes = plan(config)
     pace = clock.trained_images / clock.train_seconds if clock.train_seconds else None
     return {
         **results,

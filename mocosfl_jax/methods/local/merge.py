@@ -95,8 +95,8 @@ class FedU(Average):
 @dataclass(frozen=True)
 class FedEMA(Average):
     """A mean of the client's own model and the average: the farther it moved in its last round, the
-    more of its own. The plain average where it did not take part in the round before. The paper has
-    BYOL; the rule takes any objective.
+    more of its own. The plain average where it did not take part in the round before. The paper
+    applies it to BYOL; here it goes with any objective.
 
     tau: share of its own model in a client's second round, in [0, 1].
     """

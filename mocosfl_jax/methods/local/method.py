@@ -17,8 +17,8 @@ from mocosfl_jax.federated.contract import (
     ClientWork,
     Message,
     Metric,
+    Parameters,
     StepResult,
-    Trained,
     Tree,
     Work,
 )
@@ -176,9 +176,9 @@ class LocalTraining(AlikeRounds):
         params, stats = server.model.params, server.model.stats
         return Variables(params["client"], params["server"], stats["head"])
 
-    def trained(self, server: Server) -> Trained:
+    def parameters(self, server: Server) -> Parameters:
         """Clients have all parts of the model."""
-        return Trained(server.model.params, ())
+        return Parameters(server.model.params, ())
 
     def sharded(self, server: Server) -> Tree:
         """Nothing: every participant has the whole network anyway."""

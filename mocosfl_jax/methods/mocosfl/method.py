@@ -20,9 +20,9 @@ from mocosfl_jax.federated.contract import (
     ClientWork,
     Message,
     Metric,
+    Parameters,
     Status,
     StepResult,
-    Trained,
     Tree,
 )
 from mocosfl_jax.federated.slots import by_group, in_one, rich_slots
@@ -336,8 +336,8 @@ class MocoSFL:
             client = jax.tree.map(lambda x: x.mean(axis=0), cohort.client.params)
         return Variables(client, server.server.params, server.server.stats)
 
-    def trained(self, server: MocoState) -> Trained:
-        return Trained(server.client.params, server.server.params)
+    def parameters(self, server: MocoState) -> Parameters:
+        return Parameters(server.client.params, server.server.params)
 
     def sharded(self, server: MocoState) -> Tree:
         models = ServerState(True, True, True, stats=False, key_stats=False)
