@@ -16,7 +16,7 @@ BASELINES = {
     "fedavg": {},  # a score a class
     "fl_simclr": NARROW,
     "fl_simsiam": NARROW,
-    "fl_moco": {**FASTER, "queue_length": 1000},
+    "fl_moco": {**FASTER, "queue_length": 400},
     "fl_byol": FASTER,
     "fedu": FASTER,
     "fedema": FASTER,
