@@ -17,6 +17,16 @@ from mocosfl_jax.errors import InputError
 NORMALISED = {"head": "largeV2", "head_width": 128}
 """Head, and predictor if there is one, with BatchNorm; twice as wide inside."""
 
+CENTRALISED = {
+    "num_clients": 1,
+    "cohort_size": 1,
+    "classes_per_client": None,
+    "batch_size": 100,
+    "loss": "client",
+    "queue_length": 2000,
+}
+"""One client has all images, and both of its views pass through both encoders."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "MocoSFL-1": {"cut": 1, "queue_length": 2000},
     "MocoSFL-3 aligned": {"cut": 2, "align_momentum": True, "queue_length": 2000},
@@ -44,15 +54,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "FedEMA": {"local": {"objective": "byol", "merge": "fedema"}, **NORMALISED},
     # With labels; the embedding holds one score a class.
     "FedAvg": {"local": {"objective": "supervised"}, "head": "V1", "head_width": 10},
-    # One client has all images, and both of its views pass through both encoders.
-    "centralised MoCo": {
-        "num_clients": 1,
-        "cohort_size": 1,
-        "classes_per_client": None,
-        "batch_size": 100,
-        "loss": "client",
-        "queue_length": 2000,
-    },
+    "centralised MoCo": CENTRALISED,
+    "centralised MoCo, BatchNorm": {**CENTRALISED, **NORMALISED},
 }
 
 

@@ -22,6 +22,7 @@ METHODS = (
     "FedEMA",
     "FedAvg",
     "centralised MoCo",
+    "centralised MoCo, BatchNorm",
 )
 ON_TEST = "mocosfl_jax.evaluate --dataset=cifar10 --train_split=train[:45000] --name=test"
 
