@@ -9,13 +9,15 @@ the last one of each run, and its parameters per client.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.hardness import config_of
+from benchmarks.hardness import check_plot, config_of
 from mocosfl_jax.errors import InputError
+from mocosfl_jax.run.console import answered
 from mocosfl_jax.run.metrics import read_metrics
 from mocosfl_jax.run.plan import client_parameters
 
@@ -69,13 +71,17 @@ def main() -> None:
     parser.add_argument("--workdir", action="append", type=Path, required=True, help="of a run")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     args = parser.parse_args()
-    try:
-        for workdir in args.workdir:
-            print(json.dumps(report(workdir)))
-    except InputError as error:
-        raise SystemExit(str(error)) from None
+    sys.exit(answered("benchmarks.divergence", lambda: run(args)))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises: InputError."""
+    check_plot(args.plot)
+    for row in [report(workdir) for workdir in args.workdir]:
+        print(json.dumps(row))
     if args.plot:
         plot(args.workdir, args.plot)
+    return 0
 
 
 if __name__ == "__main__":

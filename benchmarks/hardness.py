@@ -16,11 +16,15 @@ from typing import Any
 import numpy as np
 
 from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.measure import Measure
 from mocosfl_jax.errors import InputError
 from mocosfl_jax.learning.hardness import Extrapolation, extrapolate
 from mocosfl_jax.methods.mocosfl.build import keys_per_step, queue_steps
+from mocosfl_jax.run.console import answered
 from mocosfl_jax.run.metrics import read_metrics
 from mocosfl_jax.run.workdir import read_stored
+
+NEEDED = "a run with config.measure.hardness that has filled its queue is needed"
 
 
 def config_of(workdir: Path) -> Resolved:
@@ -37,13 +41,14 @@ def measured(workdir: Path, last: int, until: int) -> tuple[Resolved, list[int],
     Raises: InputError: no run lies there, or none that measured every age.
     """
     config = config_of(workdir)
+    if not config.section_or_default(Measure).hardness:
+        raise InputError("--workdir", str(workdir), NEEDED)
     names = [f"similarity_age_{age}" for age in range(1, queue_steps(config) + 1)]
     lines = read_metrics(workdir / "metrics.jsonl")
     complete = [line for line in lines.values() if all(name in line for name in names)]
     complete = [line for line in complete if line["step"] <= until][-last:]
     if not complete:
-        allowed = "a run with config.measure.hardness that has filled its queue is needed"
-        raise InputError("--workdir", str(workdir), allowed)
+        raise InputError("--workdir", str(workdir), NEEDED)
     values = np.array([[line[name] for name in names] for line in complete])
     return config, [line["step"] for line in complete], values.mean(axis=0)
 
@@ -53,7 +58,10 @@ def report(
 ) -> tuple[dict[str, Any], np.ndarray, Extrapolation]:
     config, steps, similarity = measured(workdir, last, until)
     keys = keys_per_step(config)
-    found = extrapolate(similarity, keys)
+    try:
+        found = extrapolate(similarity, keys)
+    except ValueError as error:
+        raise InputError("--workdir", str(workdir), str(error)) from None
     row = {
         "run": str(workdir),
         "steps": [steps[0], steps[-1]],
@@ -91,6 +99,12 @@ def plot(curves: dict[str, tuple[np.ndarray, Extrapolation]], path: Path) -> Non
     figure.savefig(path)
 
 
+def check_plot(path: Path | None) -> None:
+    """Raises: InputError: no picture can be written there."""
+    if path is not None and not (path.suffix == ".png" and path.absolute().parent.is_dir()):
+        raise InputError("--plot", str(path), "a .png file in an existing folder is needed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", action="append", type=Path, required=True, help="of a run")
@@ -98,17 +112,23 @@ def main() -> None:
     parser.add_argument("--until", type=int, default=sys.maxsize, help="step to which they go")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     args = parser.parse_args()
+    sys.exit(answered("benchmarks.hardness", lambda: run(args)))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises: InputError."""
+    check_plot(args.plot)
+    if args.last < 1:
+        raise InputError("--last", args.last, "at least 1 is needed")
+    reports = [report(workdir, args.last, args.until) for workdir in args.workdir]
     curves = {}
-    for workdir in args.workdir:
-        try:
-            row, similarity, found = report(workdir, args.last, args.until)
-        except (InputError, ValueError) as error:
-            raise SystemExit(f"{workdir}: {error}") from None
+    for workdir, (row, similarity, found) in zip(args.workdir, reports, strict=True):
         first, final = row["steps"]
-        curves[f"{workdir.name}, steps {first} to {final}"] = similarity, found
+        curves[f"{workdir.absolute().name}, steps {first} to {final}"] = similarity, found
         print(json.dumps(row))
     if args.plot:
         plot(curves, args.plot)
+    return 0
 
 
 if __name__ == "__main__":

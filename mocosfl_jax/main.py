@@ -282,7 +282,7 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
         f"""
 cohort C = {config.cohort_size}, images a client a step B = {config.batch_size}{mixed}{of_rich}
 rounds: {config.rounds}, steps a round: {config.steps_per_round}, steps: {config.total_steps}
-syncs a round: {syncs}, one every {config.steps_per_round / syncs:g} steps
+syncs a round: {syncs}, {config.steps_per_round / syncs:.3g} steps apart
 {parameters}
 sent by a client in a round: {sizes.bytes_up_per_client_round / 1e6:.2f} MB
 received by a client in a round: {sizes.bytes_down_per_client_round / 1e6:.2f} MB{once}

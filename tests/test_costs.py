@@ -338,12 +338,18 @@ def test_bad_input_is_refused_in_one_line(npz, capsys, overrides, words):
     assert all(word in err for word in words)
 
 
-def test_a_file_that_cannot_be_written_is_named(npz, capsys):
+def test_a_folder_is_no_file_for_the_numbers(npz, capsys):
     folder = npz.parent / "folder"
     folder.mkdir()
-    assert main(command(npz, f"--json={folder}")) == 1
+    assert main(command(npz, f"--json={folder}")) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and str(folder) in err and len(err.splitlines()) == 1
+
+
+def test_a_file_that_cannot_be_written_is_named(npz, capsys):
+    assert main(command(npz, "--json=/dev/full")) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert str(folder) in line
+    assert "/dev/full" in line
 
 
 def test_the_module_runs_and_needs_a_config():

@@ -42,7 +42,8 @@ def _command(argv: list[str]) -> int:
         return 0
     if values.config is None:
         raise InputError("--config", None, "a config file is needed, e.g. configs/quickstart.py")
-    if values.json is not None and not Path(values.json).parent.is_dir():
+    path = None if values.json is None else Path(values.json)
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise InputError("--json", values.json, "a file in an existing folder is needed")
     _print(values.config, values.json)
     return 0

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mocosfl_jax.config import Resolved
+from mocosfl_jax.config.recipe import find_recipe
 from mocosfl_jax.costs.communication import (
     KINDS,
     Participation,
@@ -103,11 +104,14 @@ def images_of(config: Resolved, number: int) -> jax.ShapeDtypeStruct:
 
 
 def as_json(config: Resolved, costs: Costs) -> dict[str, Any]:
-    """All numbers, in bytes and operations, with sums by kind and direction."""
+    """All numbers, in bytes and operations, with sums by kind and direction.
+
+    `products` are multiply-adds, of which each is two operations in the total.
+    """
+    cuts = "cut" in find_recipe(config.method).reads
     return {
         "method": config.method,
-        "cut": config.cut,
-        "bottleneck": config.bottleneck,
+        **({"cut": config.cut, "bottleneck": config.bottleneck} if cuts else {}),
         **dataclasses.asdict(costs),
         "flops": costs.flops,
         "bytes": {
@@ -121,7 +125,7 @@ DIRECTIONS = {"up": True, "down": False}
 
 
 def table(costs: Costs, kind: str = "") -> str:
-    """For a person; MB is 2^20 bytes. kind: of client, a word with a space."""
+    """For a person. kind: of client, a word with a space."""
     often, paper = costs.often, costs.paper
     lines = [
         f"of one {kind}client: {costs.parameters:,} parameters,"
@@ -134,14 +138,14 @@ def table(costs: Costs, kind: str = "") -> str:
         _row("the run", _big(costs.flops)),
         *_memory_lines(costs),
         "",
-        _row("communication, MB", "up", "down"),
+        _row("communication, MiB", "up", "down"),
         *[_row(f"{kind}, the run", *_both_ways(costs.messages, kind)) for kind in KINDS],
         *[_message_line(message) for message in costs.messages],
         "",
         "as the paper counts (a multiply-add is 1, 5 a norm's element, G = 2^30; no key latents,",
         "weights up only):",
-        _row("latents and gradients, MB", _mb(paper.latents)),
-        _row("weights, MB", _mb(paper.weights)),
+        _row("latents and gradients, MiB", _mb(paper.latents)),
+        _row("weights, MiB", _mb(paper.weights)),
         _row("operations of the run, G", f"{paper.flops / G:,.1f}"),
     ]
     return "\n".join(lines)
@@ -159,7 +163,7 @@ def _memory_lines(costs: Costs) -> list[str]:
         _row(name, *map(_mb, (m.total, m.arguments, m.outputs - m.reused, m.temporaries)))
         for name, m in known.items()
     ]
-    return ["", _row("memory, MB", "total", "arguments", "outputs", "temporaries"), *rows]
+    return ["", _row("memory, MiB", "total", "arguments", "outputs", "temporaries"), *rows]
 
 
 def _operations(flops: Flops) -> tuple[str, str, str]:
@@ -172,7 +176,7 @@ def _both_ways(messages: tuple[Sent, ...], kind: str) -> tuple[str, ...]:
 
 def _message_line(message: Sent) -> str:
     way = "up" if message.up else "down"
-    each = f"{_mb(message.size)} MB"
+    each = f"{_mb(message.size)} MiB"
     return f"  {message.name}, {way}: {each} {message.when}, {message.times:,.10g} times"
 
 

@@ -49,7 +49,7 @@ class ResultsFile:
         if before.get("data", data) != data:
             found = f"{self.path.name} has numbers of {before.get('dataset')!r} under it"
             raise InputError(
-                "--name", name, f"{found}, which are of other data: choose another name"
+                "--name", name, f"{found}, of other images or other splits: another name is needed"
             )
 
     def add(self, numbers: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ def check_metrics(metrics: Iterable[str], where: str = "config.metrics") -> None
             family = name.split("/")[0]
             prefix = f"{family}/NAME/" if family in FAMILIES else ""
             one = ", ".join(FAMILIES.get(family, NUMBERS))
-            of_sets = "" if prefix else "".join(f", or {kind}/NAME/NUMBER," for kind in FAMILIES)
+            of_sets = "" if prefix else "".join(f", or {kind}/NAME/NUMBER" for kind in FAMILIES)
             allowed = f"{prefix}one of {one}{of_sets} is needed"
             raise InputError(where, name, allowed) from None
 

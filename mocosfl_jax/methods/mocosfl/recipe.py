@@ -145,8 +145,8 @@ def _facts_of_saving(config: Resolved) -> Facts:
     stored = bytes_of(stored_latents(method, config.cohort_size))
     notes = (
         f"latents of a round, stored for rounds in C: {stored / 1e6:,.2f} MB",
-        f"in a round in B a client sends {sent[True] / 1e6:.2f} MB and receives"
-        f" {sent[False] / 1e6:.2f} MB, in C nothing",
+        f"in a round in B a client sends {sent[True] / 1e6:,.2f} MB and receives"
+        f" {sent[False]:,} bytes, in C nothing",
     )
     return Facts({"stored_latents_bytes": stored}, notes)
 
