@@ -1,8 +1,10 @@
 """What a client costs, against counts by hand and Table 1 of the paper."""
 
 import dataclasses
+import errno
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -346,10 +348,15 @@ def test_a_folder_is_no_file_for_the_numbers(npz, capsys):
     assert out == "" and str(folder) in err and len(err.splitlines()) == 1
 
 
-def test_a_file_that_cannot_be_written_is_named(npz, capsys):
-    assert main(command(npz, "--json=/dev/full")) == 1
+def test_a_file_that_cannot_be_written_is_named(npz, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(os, "replace", full)
+    path = npz.parent / "costs.json"
+    assert main(command(npz, f"--json={path}")) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "/dev/full" in line
+    assert str(path) in line and "no room" in line
 
 
 def test_the_module_runs_and_needs_a_config():
