@@ -52,7 +52,7 @@ def summarize(
       placement: its number of devices is reported.
       gaps: first and last step of each range that metrics.jsonl lacks.
       facts: what the method says of the run.
-      sizes: `plan(config)`. Up to version 0.1.0 `client_params` left out a predictor.
+      sizes: `plan(config)`.
     """
     pace = clock.trained_images / clock.train_seconds if clock.train_seconds else None
     return {
