@@ -185,7 +185,7 @@ def _dry_run(raw: "ConfigDict", path: str | None, alone: bool) -> int:
     config, prepared = _settle(raw, folder, read_stored(folder) if folder else None, alone)
     if folder is not None:
         _check_folder(folder, config, prepared)
-    _print_plan(config, prepared)
+    _print_plan(config, prepared, alone)
     for check in _machine_checks(config, prepared):
         try:
             check()
@@ -231,7 +231,7 @@ def _machine_checks(config: "Resolved", prepared: "Prepared") -> Iterator[Callab
     yield state
 
 
-def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
+def _print_plan(config: "Resolved", prepared: "Prepared", alone: bool) -> None:
     import jax
 
     from mocosfl_jax.config.data import deal
@@ -246,7 +246,7 @@ def _print_plan(config: "Resolved", prepared: "Prepared") -> None:
     from mocosfl_jax.run.plan import estimate_memory, plan
     from mocosfl_jax.run.progress import padding_line
 
-    recipe, devices = find_recipe(config.method), config.devices or jax.device_count()
+    recipe = find_recipe(config.method)
     unread = METHOD_FIELDS - recipe.reads
     for name, value in flat_fields(to_json(config)).items():
         if name not in unread:
@@ -288,9 +288,10 @@ sent by a client in a round: {sizes.bytes_up_per_client_round / 1e6:.2f} MB
 received by a client in a round: {sizes.bytes_down_per_client_round / 1e6:.2f} MB{once}
 estimated memory: {one_memory if jax.default_backend() == "cpu" else on_device}"""
     )
-    chunks = recipe.build(config, NO_MESH, devices).chunks
-    if line := padding_line(Slots(groups_of(config), devices * chunks), devices):
-        print(line)
+    if devices := config.devices or (jax.device_count() if alone else None):
+        chunks = recipe.build(config, NO_MESH, devices).chunks
+        if line := padding_line(Slots(groups_of(config), devices * chunks), devices):
+            print(line)
     for note in facts.notes:
         print(note)
     sys.stdout.flush()  # the next line takes its time
