@@ -10,10 +10,10 @@ without, and the quartiles.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -58,16 +58,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--steps", type=int, default=10, help="steps from one sync to the next")
     parser.add_argument("--networks", default="narrow,resnet18")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {platform.machine()}")
-    results = []
-    for network in args.networks.split(","):
-        for queues in QUEUES:
-            results.append(measure(network, queues, args.repeats, args.steps))
-            print(json.dumps(results[-1], indent=2), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    for network, queues in itertools.product(args.networks.split(","), QUEUES):
+        print(json.dumps(measure(network, queues, args.repeats, args.steps)), flush=True)
 
 
 if __name__ == "__main__":

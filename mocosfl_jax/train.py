@@ -224,8 +224,10 @@ def train(
         most = partial(most_draws, config, dataset.info, partition)
         facts = find_recipe(config.method).facts(config, most)
         facts = facts.with_others(ledger.facts()) if ledger else facts
-        about = (dataset, placement, begun.gaps, facts, sizes)
-        summary = summarize(config, identity.digest, encoder, clock, results, *about)
+        digest, gaps = identity.digest, begun.gaps
+        summary = summarize(
+            config, digest, encoder, clock, results, dataset, placement, gaps, facts, sizes
+        )
         if is_primary():
             write_json(workdir.summary_path, summary)
     return summary

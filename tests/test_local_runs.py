@@ -24,6 +24,7 @@ from mocosfl_jax.run.workdir import read_stored
 from tests import tiny
 from tests.test_baselines import BASELINES, saved_state
 from tests.test_config import CIFAR10
+from tests.test_toy_method import NOT_READ
 from tests.tiny_method import assert_equal
 
 SHORT = {
@@ -33,7 +34,6 @@ SHORT = {
     "blocks_per_stage": (1,),
     "knn_every": 0,
 }
-UNREAD = ("syncs_per_round", "queue_length")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def npz(tmp_path_factory) -> Path:
 def trained(npz, tmp_path_factory) -> Path:
     """The folder of a run of FL-BYOL."""
     folder = tmp_path_factory.mktemp("byol") / "run"
-    fields = {name: x for name, x in {**tiny.FIELDS, **SHORT}.items() if name not in UNREAD}
+    fields = {name: x for name, x in {**tiny.FIELDS, **SHORT}.items() if name not in NOT_READ}
     flags = [f"--config.{name}={x}" for name, x in {"dataset": f"npz:{npz}", **fields}.items()]
     assert main(["main", f"--config={BASELINES['fl_byol']}", f"--workdir={folder}", *flags]) == 0
     return folder

@@ -19,7 +19,7 @@ from mocosfl_jax.errors import InputError
 from mocosfl_jax.evaluation.knn import CHUNK
 from mocosfl_jax.evaluation.raw_pixels import BLOCK, SIDE
 from mocosfl_jax.federated.axes import NO_MESH
-from mocosfl_jax.federated.contract import Message, Method, Parameters
+from mocosfl_jax.federated.contract import Message, Method
 from mocosfl_jax.federated.state import TrainState, create_state
 from mocosfl_jax.models.split import Params, SplitModel, Variables, bytes_of
 from mocosfl_jax.run.program import program_of
@@ -121,7 +121,7 @@ def plan(config: Resolved) -> Plan:
     """Nothing is computed or compiled: shapes only."""
     method = program_of(config).method
     state = _state_shapes(config, method)
-    parameters = _parameters(method)
+    parameters = jax.eval_shape(method.parameters, state.server)
     syncs = sum(config.sync_steps)
     a_round = {"step": config.steps_per_round, "sync": syncs, "round": 1, "once": 0}
     once = {"step": 0, "sync": 0, "round": 0, "once": 1}
@@ -147,12 +147,9 @@ def plan(config: Resolved) -> Plan:
 
 def client_parameters(config: Resolved) -> int:
     """`Plan.client_params` alone."""
-    return _count(_parameters(program_of(config).method).client)
-
-
-def _parameters(method: Method) -> Parameters:
-    key = jax.random.key(0)
-    return jax.eval_shape(lambda: method.parameters(method.init(key, key)))
+    method, key = program_of(config).method, jax.random.key(0)
+    server = jax.eval_shape(method.init, key, key)
+    return _count(jax.eval_shape(method.parameters, server).client)
 
 
 def _bytes_sent(traffic: tuple[Message, ...], up: bool, times: dict[str, int]) -> int:

@@ -12,8 +12,8 @@ from mocosfl_jax.federated.contract import Status
 from mocosfl_jax.federated.slots import Slots
 
 SECONDS_BETWEEN_LINES = 20.0
-UNTOLD = 1.1
-"""Largest ratio of computed to true rows that is not reported."""
+REPORTED_ABOVE = 1.1
+"""Ratio of computed to true rows above which padding is reported."""
 
 
 class Progress:
@@ -97,7 +97,7 @@ def _of(info: DatasetInfo) -> str:
 def padding_line(slots: Slots, devices: int) -> str | None:
     """What a person is told of the padding of a step; None: it is little."""
     computed, true = slots.computed_blocks, slots.true_blocks
-    if computed <= UNTOLD * true:
+    if computed <= REPORTED_ABOVE * true:
         return None
     chunks = slots.parts // devices
     parts = f"{devices} devices" if devices > 1 else "1 device"
